@@ -1,0 +1,66 @@
+# What people type. Each target says what it installs; nothing here names a mirror: pip and apt use the machine's own settings.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+N ?= 1
+UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --custom-compile-command "make lock"
+TARGET_PYTHONS := 3.10 3.11 3.12 3.13
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+
+.PHONY: help setup demo demo-down test lint unit molecule install check lab-up lab-down lab-status lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/complete ## the tools of the control side, in .venv
+
+.venv/complete: requirements/control.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "apt-get install python3-venv"; apt-get update -qq && apt-get install -qq -y python3-venv; }
+	@echo "Installing the control side's tools into .venv (hash-checked; about half a minute) ..."
+	@$(PYTHON) -m venv --clear .venv
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --require-hashes --requirement requirements/control.lock
+	@touch $@
+
+demo: setup ## boot a lab host, install Nox on it, use it; it stays until demo-down
+	@$(BIN)/python -m lab.demo
+
+demo-down: setup ## end what the demo left running
+	@$(BIN)/python -m lab.demo --stop
+
+test: setup ## everything that proves the project
+	@$(BIN)/python tests/run.py
+
+lint: setup ## only the linters
+	@$(BIN)/python tests/run.py lint
+
+unit: setup ## only the unit tests, of the control side and of the service
+	@$(BIN)/python tests/run.py unit
+
+molecule: setup ## only the Molecule scenarios, on lab hosts
+	@$(BIN)/python tests/run.py molecule
+
+install: setup ## install Nox on this machine (Ubuntu 22.04 or a relative; root or sudo)
+	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml
+
+check: setup ## what `make install` would change on this machine
+	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml --check --diff
+
+lab-up: setup ## N systemd test hosts on this machine, and inventory/lab: make lab-up N=10
+	@$(BIN)/python -m lab up -n $(N)
+
+lab-down: setup ## end them
+	@$(BIN)/python -m lab down
+
+lab-status: setup ## list them
+	@$(BIN)/python -m lab status
+
+lock: setup ## renew the lock files from requirements/*.in
+	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/control.in -o requirements/control.lock
+	$(UV_COMPILE) --upgrade --universal --python-version 3.10 requirements/app-test.in -o requirements/app-test.lock
+	@set -e; for v in $(TARGET_PYTHONS); do echo "requirements/app-py$$v.lock"; \
+	$(UV_COMPILE) --upgrade --python-version $$v --python-platform x86_64-manylinux_2_28 requirements/app.in -o requirements/app-py$$v.lock; done
+
+clean: ## remove what the targets made in this folder (not the lab's hosts)
+	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible inventory/lab

@@ -1,0 +1,39 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from nox_api import __version__, files, health, problem, runs
+from nox_api.access import AccessLog
+from nox_api.auth import BearerAuth
+from nox_api.body import BodyLimit
+from nox_api.runner import RunnerClient
+from nox_api.settings import FrontSettings
+from nox_api.state import State
+
+_DESCRIPTION = "Runs Python and shell programs in a sandbox. Errors are problems (RFC 9457)."
+
+
+def create_app(settings: FrontSettings, runner: RunnerClient) -> FastAPI:
+    """The application; `app.state.nox` is its State, by which a reload is done."""
+    app = FastAPI(
+        title="Nox",
+        version=__version__,
+        description=_DESCRIPTION,
+        # The interactive pages load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    state = State(settings, runner)
+    app.state.nox = state
+    app.state.runner_health = health.RunnerHealthCheck(runner)
+    for module in (health, runs, files):
+        app.include_router(module.router)
+    problem.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BearerAuth, token=lambda: state.settings.token)
+    app.add_middleware(BodyLimit, limit=lambda: state.settings.max_body)
+    app.add_middleware(AccessLog)
+    return app

@@ -1,0 +1,208 @@
+"""`POST /run_py` and `POST /run_sh`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import uuid
+from collections.abc import Awaitable
+from typing import Annotated, Literal, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from nox_api import access, state
+from nox_api.failures import as_problems
+from nox_api.problem import ProblemError, invalid, responses
+from nox_api.slots import QueueFullError
+from nox_runner import protocol
+
+MAX_ARGS = 256
+MAX_ENV = 128
+MAX_WORDS = 64 << 10
+"""Bytes of all args, and of all env names and values: the kernel's limit is near 2 MiB."""
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+Result = TypeVar("Result")
+
+
+def _text(text: str) -> str:
+    # Lone surrogates pass the JSON parser, but are no text.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    return text
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return _text(text)
+
+
+def _small(words: list[str]) -> list[str]:
+    if sum(len(word.encode("utf-8")) + 1 for word in words) > MAX_WORDS:
+        raise ValueError(f"must not be longer than {MAX_WORDS} bytes together")
+    return words
+
+
+def _environment(env: dict[str, str]) -> dict[str, str]:
+    for name in env:
+        if not _ENV_NAME.fullmatch(name) or name.startswith("NOX_"):
+            raise ValueError(
+                "names are letters, digits and underscores, do not start with a digit or NOX_"
+            )
+    _small([*env, *env.values()])
+    return env
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Word = Annotated[str, AfterValidator(_no_nul)]
+
+
+class _Program(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    stdin: Text | None = Field(default=None, description="Standard input; without it /dev/null")
+    args: Annotated[list[Word], AfterValidator(_small)] = Field(
+        default=[], max_length=MAX_ARGS, description="sys.argv[1:], or $1 and on"
+    )
+    env: Annotated[dict[str, Word], AfterValidator(_environment)] = Field(
+        default={}, max_length=MAX_ENV, description="Added to the environment"
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds; NOX_TIMEOUT is the default and the most",
+    )
+    files: bool = Field(default=False, description="Tell which files the run created or changed")
+
+
+class RunPython(_Program):
+    """A Python program."""
+
+    code: Word = Field(description="Its text")
+
+
+class RunShell(_Program):
+    """A shell script."""
+
+    cmd: Word = Field(description="Its text, for /bin/sh")
+
+
+class ChangedFile(BaseModel):
+    """A file that a run created or changed."""
+
+    path: str
+    size: int = Field(description="Bytes")
+
+
+class RunResult(BaseModel):
+    """What became of a run, whatever it was."""
+
+    run_id: str
+    status: Literal["ok", "error", "timeout", "memory_limit", "output_limit", "sandbox_error"]
+    exit_code: int | None = Field(description="null if it died of a signal or was killed")
+    signal: int | None = Field(
+        description="What it died of. Exit codes 129 to 159 that a shell uses for signals are"
+        " read as such"
+    )
+    stdout: str = Field(description="UTF-8, with replacement characters for what is not")
+    stderr: str
+    stdout_truncated: bool
+    stderr_truncated: bool
+    duration_ms: int
+    cpu_ms: int = Field(description="Of all its processes, and of the sandbox's set-up")
+    max_rss_bytes: int = Field(description="Of its largest process")
+    files: list[ChangedFile] | None = Field(
+        default=None,
+        description="If asked for: at most 1000 regular files that changed while the run lasted;"
+        " the sandbox is shared, so another run may have changed them",
+    )
+
+
+router = APIRouter(tags=["runs"], responses=responses(401, 413, 422, 429, 503))
+
+
+@router.post("/run_py", response_model_exclude_unset=True, summary="Run a Python program")
+async def run_py(request: Request, program: RunPython) -> RunResult:
+    """Run it by the host's python3 in a fresh sandbox; 200 whatever became of it."""
+    return await _run(request, "python", program.code, program)
+
+
+@router.post("/run_sh", response_model_exclude_unset=True, summary="Run a shell script")
+async def run_sh(request: Request, program: RunShell) -> RunResult:
+    """Run it by the host's /bin/sh in a fresh sandbox; 200 whatever became of it."""
+    return await _run(request, "sh", program.cmd, program)
+
+
+async def _run(
+    request: Request, language: protocol.Language, source: str, program: _Program
+) -> RunResult:
+    nox = state.of(request)
+    longest = nox.settings.timeout
+    if program.timeout is not None and program.timeout > longest:
+        raise invalid("body.timeout", f"must not be more than {longest:g} seconds")
+    run = protocol.Run(
+        run_id=uuid.uuid4().hex,
+        language=language,
+        args=program.args,
+        env=program.env,
+        timeout=program.timeout or longest,
+        stdin=program.stdin is not None,
+        files=program.files,
+    )
+    access.note(request.scope, run_id=run.run_id)
+
+    async def take_turn() -> tuple[protocol.RunReply, bytes, bytes]:
+        async with nox.slots.one():
+            return await nox.runner.run(run, source.encode(), (program.stdin or "").encode())
+
+    try:
+        with as_problems():
+            reply, stdout, stderr = await _while_connected(request, take_turn())
+    except QueueFullError as full:
+        headers = {"Retry-After": str(full.retry_after)}
+        raise ProblemError(429, "All slots and the queue are full", headers=headers) from None
+    access.note(request.scope, run_status=reply.status)
+    result = RunResult(
+        run_id=run.run_id,
+        status=reply.status,
+        exit_code=reply.exit_code,
+        signal=reply.signal,
+        stdout=stdout.decode("utf-8", "replace"),
+        stderr=stderr.decode("utf-8", "replace"),
+        stdout_truncated=reply.stdout_truncated,
+        stderr_truncated=reply.stderr_truncated,
+        duration_ms=reply.duration_ms,
+        cpu_ms=reply.cpu_ms,
+        max_rss_bytes=reply.max_rss_bytes,
+    )
+    if reply.files is not None:
+        result.files = [ChangedFile(path=file.path, size=file.size) for file in reply.files]
+    return result
+
+
+async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
+    """Await `work`, cancelling it when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        access.note(request.scope, run_status="cancelled")
+        raise ProblemError(access.CLIENT_GONE, "The client left")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

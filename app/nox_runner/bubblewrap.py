@@ -1,0 +1,110 @@
+"""The backend that starts one bubblewrap per run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+from contextlib import ExitStack
+
+from nox_runner.backend import Outcome, Program
+from nox_runner.command import Command, memory_file
+from nox_runner.limits import Limits
+from nox_runner.supervision import Supervision
+
+
+class Bubblewrap:
+    """Fresh namespaces for each run, by an unprivileged bubblewrap."""
+
+    name = "bubblewrap"
+
+    def __init__(self, command: Command) -> None:
+        self._command = command
+
+    def run(
+        self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
+    ) -> Outcome:
+        """See Backend.run."""
+        with ExitStack() as inherited:
+            gate_read, gate = os.pipe()
+            inherited.callback(os.close, gate_read)
+            status, status_write = os.pipe()
+            inherited.callback(os.close, status_write)
+            with ExitStack() as kept:
+                kept.callback(os.close, gate)
+                kept.callback(os.close, status)
+                options, descriptors = self._command.options(
+                    program, limits, sandbox, gate_read, status_write, inherited
+                )
+                arguments = memory_file("arguments", options)
+                inherited.callback(os.close, arguments)
+                bwrap = subprocess.Popen(
+                    self._command.argv(arguments, program),
+                    stdin=subprocess.DEVNULL if program.stdin is None else subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    cwd="/",
+                    # Empty: the environment of the namespace's init can be read from inside.
+                    env={},
+                    pass_fds=[arguments, *descriptors],
+                    start_new_session=True,
+                )
+                kept.pop_all()
+            supervision = Supervision(
+                bwrap,
+                gate=gate,
+                status=status,
+                stdin=program.stdin or b"",
+                limits=limits,
+                client=client,
+            )
+        # Here this side has closed what bubblewrap inherited, so that each pipe has an end.
+        try:
+            return supervision.run()
+        finally:
+            supervision.close()
+
+    def enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.enforced."""
+        enforced = {
+            "time": f"{limits.timeout:g} s, then all of the run is killed",
+            "cpu_time": "RLIMIT_CPU, time x cores",
+            "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
+            "processes": f"{limits.processes}, RLIMIT_NPROC",
+            "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
+            "output": f"{limits.output} bytes per stream",
+            "network": "none, own network namespace",
+            "system_files": "read-only, own mount namespace",
+            "capabilities": "none",
+        }
+        if self._command.sizes_tmpfs:
+            enforced["tmp_size"] = f"{limits.tmp_size} bytes each for /tmp and /dev/shm"
+        return enforced
+
+    def not_enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.not_enforced."""
+        missing = {
+            "memory_per_run": "no control group: each process has its own limit",
+            "cpu_share": "no control group",
+            "sandbox_size": "no quota is set on the sandbox",
+            "tmp_files": "bubblewrap cannot limit the number of files in a tmpfs",
+            "system_calls": "no seccomp filter",
+        }
+        if not self._command.sizes_tmpfs:
+            version = ".".join(map(str, self._command.version))
+            missing["tmp_size"] = (
+                f"bubblewrap {version} has no --size: /tmp and /dev/shm may each take half of the"
+                " host's memory while a run lasts; only the size of each file is limited"
+            )
+        if _kernel() < (5, 14):
+            missing["processes_per_run"] = (
+                "before Linux 5.14 the limit on processes counts all runs together"
+            )
+        return missing
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = platform.release().split(".")[:2]
+    return int(major), int("".join(filter(str.isdigit, minor)) or 0)

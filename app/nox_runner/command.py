@@ -1,0 +1,174 @@
+"""The command line that seals a program in fresh namespaces with bubblewrap.
+
+Only options of bubblewrap 0.6.1 (Ubuntu 22.04) are used unconditionally.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pwd
+import re
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+
+from nox_runner import bootstrap
+from nox_runner.backend import Program
+from nox_runner.limits import Limits
+
+SOURCES = {"python": "/run/nox/main.py", "sh": "/run/nox/main.sh"}
+"""Where the program's text is seen from inside."""
+
+_ROOTS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
+_ETC_FROM_HOST = ("/etc/alternatives", "/etc/ld.so.cache")
+_RUN_SIZE = 1 << 20
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
+_BOOTSTRAP = inspect.getsource(bootstrap).replace(bootstrap.__doc__ or "", "", 1)
+
+
+@dataclass(frozen=True)
+class Command:
+    """An installed bubblewrap; OSError from `version` when `path` is not one."""
+
+    path: str = "/usr/bin/bwrap"
+
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """Such as (0, 6, 1)."""
+        told = subprocess.run(
+            [self.path, "--version"], capture_output=True, env={}, timeout=10, text=True
+        ).stdout
+        match = re.search(r"(\d+)\.(\d+)\.(\d+)", told)
+        if not match:
+            raise OSError(f"{self.path} --version says {told!r}")
+        return tuple(int(number) for number in match.groups())
+
+    @property
+    def sizes_tmpfs(self) -> bool:
+        """Whether there is --size; without it a tmpfs holds up to half of the memory."""
+        return self.version >= (0, 7, 0)
+
+    def argv(self, arguments: int, program: Program) -> list[str]:
+        """The argv. It holds no code and no environment: any local user may read it.
+
+        `arguments` is a descriptor of what `options` gives.
+        """
+        if program.language == "python":
+            inner = ["/usr/bin/python3", "-I", "-c", _BOOTSTRAP, SOURCES["python"]]
+        else:
+            inner = ["/bin/sh", SOURCES["sh"]]
+        return [self.path, "--args", str(arguments), "--", *inner, *program.args]
+
+    def options(
+        self,
+        program: Program,
+        limits: Limits,
+        sandbox: str,
+        gate: int,
+        status: int,
+        open_fds: ExitStack,
+    ) -> tuple[bytes, list[int]]:
+        """What goes through --args, NUL-separated, and the descriptors it refers to.
+
+        bubblewrap waits at `gate` before the program starts, and reports to `status`.
+        New descriptors are closed by `open_fds`.
+        """
+        descriptors = [gate, status, program.source]
+        options = [
+            *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc"),
+            *("--unshare-uts", "--unshare-cgroup-try", "--hostname", "nox"),
+            *("--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+            *("--block-fd", str(gate), "--json-status-fd", str(status)),
+            *("--ro-bind", "/usr", "/usr"),
+        ]
+        for name in _ROOTS:
+            options += _root(name)
+        options += ["--proc", "/proc", "--dev", "/dev"]
+        for path in ("/etc", "/run", "/var"):
+            options += _directory(path)
+        for path in ("/tmp", "/dev/shm"):
+            options += self._tmpfs(path, limits.tmp_size)
+        # Bounded together with /tmp.
+        options += ["--symlink", "/tmp", "/var/tmp"]
+        if self.sizes_tmpfs:
+            options += self._tmpfs("/run", _RUN_SIZE)  # otherwise it is part of /, read-only
+        # Without --perms the file would be the owner's only; a umask may forbid even that.
+        options += ["--perms", "0444", "--ro-bind-data"]
+        options += [str(program.source), SOURCES[program.language]]
+        for path in _ETC_FROM_HOST:
+            options += ["--ro-bind-try", path, path]
+        if os.path.islink("/etc/localtime"):
+            options += ["--symlink", os.readlink("/etc/localtime"), "/etc/localtime"]
+        for path, text in _etc(sandbox).items():
+            descriptor = memory_file(path, text.encode())
+            open_fds.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            options += ["--perms", "0444", "--file", str(descriptor), path]
+        for parent in reversed(PurePosixPath(sandbox).parents[:-1]):
+            options += _directory(str(parent))
+        options += ["--bind", sandbox, sandbox, "--chdir", sandbox]
+        # bubblewrap builds / and /dev on tmpfs, writable and unbounded.
+        options += ["--remount-ro", "/dev", "--remount-ro", "/"]
+        environment = {
+            "HOME": sandbox,
+            "LANG": "C.UTF-8",
+            "PATH": _PATH,
+            "TMPDIR": "/tmp",
+            "USER": _user(),
+            **program.env,
+            "NOX_RUN_ID": program.run_id,
+        }
+        for name, value in environment.items():
+            options += ["--setenv", name, value]
+        return b"".join(option.encode() + b"\0" for option in options), descriptors
+
+    def _tmpfs(self, path: str, size: int) -> list[str]:
+        return [*(("--size", str(size)) if self.sizes_tmpfs else ()), "--tmpfs", path]
+
+
+def memory_file(name: str, content: bytes = b"") -> int:
+    """A memfd that holds `content`, at its start."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _root(name: str) -> list[str]:
+    """/bin and its like as the host has them: links into /usr, or directories of their own."""
+    path = f"/{name}"
+    if os.path.islink(path):
+        return ["--symlink", os.readlink(path), path]
+    if os.path.isdir(path):
+        return ["--ro-bind", path, path]
+    return []
+
+
+def _directory(path: str) -> list[str]:
+    """An empty directory, unless there is one. bubblewrap by itself would make it 0700."""
+    return ["--perms", "0755", "--dir", path]
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return "nox"
+
+
+def _etc(sandbox: str) -> dict[str, str]:
+    """The few files of /etc that ordinary programs look for. The host's /etc stays outside."""
+    user, uid, gid = _user(), os.getuid(), os.getgid()
+    return {
+        "/etc/passwd": f"{user}:x:{uid}:{gid}::{sandbox}:/bin/sh\n",
+        "/etc/group": f"{user}:x:{gid}:\n",
+        "/etc/hostname": "nox\n",
+        "/etc/hosts": "127.0.0.1 localhost nox\n::1 localhost nox\n",
+        "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    }

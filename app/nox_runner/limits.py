@@ -1,0 +1,69 @@
+"""The limits of one run, and the resource limits that carry them."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from dataclasses import dataclass
+
+from nox_runner.settings import Settings
+
+_OPEN_FILES = 1024
+_STACK = 8 << 20
+_ADDRESS_SPACE = 4 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes; `timeout` in seconds of wall-clock time."""
+
+    timeout: float
+    output: int
+    memory: int
+    processes: int
+    file_size: int
+    tmp_size: int
+
+    @classmethod
+    def of(cls, settings: Settings, timeout: float) -> Limits:
+        """The limits in `settings`, with `timeout` if it is the shorter one."""
+        return cls(
+            timeout=min(timeout, settings.timeout),
+            output=settings.output_limit,
+            memory=settings.memory,
+            processes=settings.pids,
+            file_size=settings.file_size,
+            tmp_size=settings.tmp_size,
+        )
+
+
+def apply(pid: int, limits: Limits) -> None:
+    """Set the resource limits of the process `pid`, which its later children inherit.
+
+    Memory is limited by RLIMIT_DATA, which counts what a process may write to privately: heap,
+    anonymous mappings, thread stacks. So one big allocation gets ENOMEM (MemoryError), while
+    address space that is only reserved (allocator arenas, JITs) costs nothing, as it would
+    with RLIMIT_AS. Shared mappings are not counted there; a wide RLIMIT_AS bounds them.
+
+    The number of processes is counted per user namespace since Linux 5.14, so `pid` must be in
+    the run's own already. CPU time counts all threads: it is a second net under the wall clock,
+    and must not cut a program that uses each core for the whole of its time.
+    """
+    cores = os.cpu_count() or 1
+    wanted = {
+        resource.RLIMIT_AS: max(_ADDRESS_SPACE, 4 * limits.memory),
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: math.ceil(limits.timeout) * cores + 1,
+        resource.RLIMIT_DATA: limits.memory,
+        resource.RLIMIT_FSIZE: limits.file_size,
+        resource.RLIMIT_MEMLOCK: 64 << 10,
+        resource.RLIMIT_NOFILE: _OPEN_FILES,
+        resource.RLIMIT_NPROC: limits.processes,
+        resource.RLIMIT_STACK: _STACK,
+    }
+    for which, value in wanted.items():
+        # The service's own hard limit may be lower, and cannot be raised without privilege.
+        _, hard = resource.getrlimit(which)
+        ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.prlimit(pid, which, (ceiling, ceiling))

@@ -1,0 +1,316 @@
+"""What the front and the runner say to each other: one operation per connection.
+
+Every message is a frame: its length in 4 bytes, big-endian, then that many bytes. A header frame
+holds one JSON object with the version `v` and the fields of one of the dataclasses below. A stream
+is any number of frames of raw bytes, ended by a frame of length zero.
+
+    operation  request                          reply
+    health     Health                           HealthReply
+    run        Run, stream code, stream stdin   RunReply, stream stdout, stream stderr
+    put        Put, stream content              PutReply
+    get        Get                              GetReply, stream content
+    list       List                             ListReply
+    delete     Delete                           DeleteReply
+
+Instead of its reply any operation may be answered by Failure. The client keeps its side open until
+it has the reply: closing it earlier cancels the operation, and kills a run.
+A peer that sends anything else gets Failure("protocol", …) if possible, and the connection ends.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+VERSION = 1
+MAX_HEADER = 8 << 20
+"""Bytes of a header frame; the longest is a listing."""
+CHUNK = 64 << 10
+"""Bytes of a stream's frame, at most."""
+
+_LENGTH = struct.Struct("!I")
+
+Language = Literal["python", "sh"]
+Status = Literal["ok", "error", "timeout", "memory_limit", "output_limit", "sandbox_error"]
+Code = Literal[
+    "protocol",  # malformed request
+    "bad_path",  # breaks a rule of paths.py
+    "not_found",
+    "exists",
+    "not_regular",  # a link, directory, device or other special file is in the way
+    "not_empty",  # a directory that has entries
+    "denied",  # the file's own permissions
+    "too_large",
+    "no_space",  # disk or quota full
+    "busy",  # no slot or thread became free in time
+    "unable",  # the sandbox does not work on this host
+    "stopping",
+    "internal",
+]
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol, or went away in the middle of a message."""
+
+
+@dataclass(frozen=True)
+class Health:
+    op: ClassVar[str] = "health"
+
+
+@dataclass(frozen=True)
+class Run:
+    """`timeout` in seconds, cut to the runner's own; `files` asks which files the run changed."""
+
+    op: ClassVar[str] = "run"
+    run_id: str
+    language: Language
+    args: list[str]
+    env: dict[str, str]
+    timeout: float
+    stdin: bool
+    """Whether there is a standard input; if not, its stream is empty and the run has /dev/null."""
+    files: bool
+
+
+@dataclass(frozen=True)
+class Put:
+    op: ClassVar[str] = "put"
+    path: str
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Get:
+    op: ClassVar[str] = "get"
+    path: str
+
+
+@dataclass(frozen=True)
+class List:
+    op: ClassVar[str] = "list"
+
+
+@dataclass(frozen=True)
+class Delete:
+    op: ClassVar[str] = "delete"
+    path: str
+
+
+Request = Health | Run | Put | Get | List | Delete
+_REQUESTS: dict[str, type[Request]] = {
+    kind.op: kind for kind in (Health, Run, Put, Get, List, Delete)
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file of the sandbox: relative path, bytes, seconds since the epoch."""
+
+    path: str
+    size: int
+    mtime: float
+
+
+@dataclass(frozen=True)
+class HealthReply:
+    """`able` is false when the sandbox does not work, with the `reason`; times in seconds."""
+
+    able: bool
+    reason: str
+    backend: str
+    version: str
+    slots_used: int
+    slots_total: int
+    enforced: dict[str, str]
+    not_enforced: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RunReply:
+    """What became of a run; the meaning of each field is in `outcome.Outcome`."""
+
+    status: Status
+    exit_code: int | None
+    signal: int | None
+    stdout_truncated: bool
+    stderr_truncated: bool
+    duration_ms: int
+    cpu_ms: int
+    max_rss_bytes: int
+    files: list[File] | None
+
+
+@dataclass(frozen=True)
+class PutReply:
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GetReply:
+    size: int
+    mtime: float
+
+
+@dataclass(frozen=True)
+class ListReply:
+    files: list[File]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class DeleteReply:
+    path: str
+
+
+@dataclass(eq=False)  # not frozen: an exception's traceback is assigned to
+class Failure(Exception):  # noqa: N818  # a message of the protocol, too
+    """The operation was refused or failed; `message` is for people and holds no secret."""
+
+    code: Code
+    message: str
+
+
+Reply = HealthReply | RunReply | PutReply | GetReply | ListReply | DeleteReply
+Message = TypeVar("Message")
+
+
+def frame(payload: bytes) -> bytes:
+    """One frame."""
+    return _LENGTH.pack(len(payload)) + payload
+
+
+END = frame(b"")
+"""Ends a stream."""
+
+
+def frame_length(prefix: bytes, limit: int) -> int:
+    """The length that a frame's first 4 bytes tell; ProtocolError above `limit`."""
+    (length,) = _LENGTH.unpack(prefix)
+    if length > limit:
+        raise ProtocolError(f"a frame of {length} bytes, at most {limit} are allowed")
+    return int(length)
+
+
+def stream(content: bytes) -> Iterator[bytes]:
+    """The frames of `content` as a stream."""
+    view = memoryview(content)
+    for start in range(0, len(view), CHUNK):
+        yield frame(view[start : start + CHUNK].tobytes())
+    yield END
+
+
+def encode_request(request: Request) -> bytes:
+    """The header frame of `request`."""
+    return _header({"op": request.op, **asdict(request)})
+
+
+def decode_request(payload: bytes) -> Request:
+    """The request in a header frame's payload."""
+    document = _document(payload)
+    op = document.pop("op", None)
+    kind = _REQUESTS.get(op) if isinstance(op, str) else None
+    if kind is None:
+        raise ProtocolError("unknown operation")
+    return _build(kind, document)  # type: ignore[no-any-return]
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """The header frame of `reply`."""
+    return _header({"ok": True, **asdict(reply)})
+
+
+def encode_failure(failure: Failure) -> bytes:
+    """The header frame of `failure`."""
+    return _header({"ok": False, "code": failure.code, "message": failure.message})
+
+
+def decode_reply(payload: bytes, kind: type[Message]) -> Message:
+    """The reply of type `kind` in a header frame's payload; raises Failure if it holds one."""
+    document = _document(payload)
+    if document.pop("ok", None) is not True:
+        failure: Failure = _build(Failure, document)
+        raise failure
+    return _build(kind, document)  # type: ignore[no-any-return]
+
+
+def receive_frame(connection: socket.socket, limit: int) -> bytes:
+    """Read one frame's payload from a blocking socket; ProtocolError at its end or timeout."""
+    return _receive(connection, frame_length(_receive(connection, _LENGTH.size), limit))
+
+
+def receive_stream(connection: socket.socket) -> Iterator[bytes]:
+    """Read a stream's chunks from a blocking socket, up to its end."""
+    while chunk := receive_frame(connection, CHUNK):
+        yield chunk
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    received = bytearray()
+    while len(received) < count:
+        try:
+            piece = connection.recv(min(count - len(received), 1 << 20))
+        except OSError as error:
+            raise ProtocolError(f"the peer cannot be heard: {error}") from None
+        if not piece:
+            raise ProtocolError("the peer closed in the middle of a message")
+        received += piece
+    return bytes(received)
+
+
+def _header(document: dict[str, Any]) -> bytes:
+    text = json.dumps({"v": VERSION, **document}, ensure_ascii=False, separators=(",", ":"))
+    return frame(text.encode("utf-8"))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _document(payload: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(payload, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise ProtocolError("a header that is not JSON") from None
+    if not isinstance(document, dict) or document.pop("v", None) != VERSION:
+        raise ProtocolError(f"a header that is not of version {VERSION}")
+    return document
+
+
+def _build(kind: type[Any], document: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in fields(kind)]
+    if set(document) != set(names):
+        raise ProtocolError(f"{kind.__name__} has the fields {names}")
+    return kind(**{name: _check(hints[name], document[name], name) for name in names})
+
+
+def _check(hint: Any, value: Any, name: str) -> Any:
+    """`value` if it is what the type `hint` says, with nested dataclasses built."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _check(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is list and isinstance(value, list):
+        return [_check(arguments[0], item, name) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {_check(str, k, name): _check(arguments[1], v, name) for k, v in value.items()}
+    if origin is Literal and isinstance(value, str) and value in arguments:
+        return value
+    if is_dataclass(hint) and isinstance(value, dict):
+        return _build(typing.cast("type[Any]", hint), value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    # `type() is` and not isinstance: True is no number here.
+    if origin is None and type(value) is hint:
+        return value
+    raise ProtocolError(f"the field {name!r} has a wrong type")

@@ -1,0 +1,300 @@
+"""One run from the sandbox's start to its end: input, output, time, and who is waiting for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import IO
+
+from nox_runner import limits as resource_limits
+from nox_runner import orphans, usage
+from nox_runner.backend import ClientGoneError, Outcome
+from nox_runner.limits import Limits
+from nox_runner.protocol import Status
+
+_SETUP_SECONDS = 10.0
+_KILL_SECONDS = 10.0
+_CHUNK = 64 << 10
+
+# bubblewrap tells 128 + n for a program that died of signal n, as a shell does. Only signals that
+# end a process by default are read that way; an exit code in their range cannot be told apart.
+_HARMLESS = {
+    signal.SIGCHLD,
+    signal.SIGCONT,
+    signal.SIGSTOP,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGURG,
+    signal.SIGWINCH,
+}
+_DEADLY = {number for number in range(1, 32) if number not in _HARMLESS}
+
+
+class _Stream:
+    """What a run wrote to one of its outputs, up to a limit in bytes."""
+
+    def __init__(self, pipe: IO[bytes], limit: int) -> None:
+        self.pipe = pipe
+        self.content = bytearray()
+        self.truncated = False
+        self._limit = limit
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self) -> bool:
+        """Take one chunk; False at the end of the stream, BlockingIOError if there is none yet."""
+        data = os.read(self.pipe.fileno(), _CHUNK)
+        room = self._limit - len(self.content)
+        self.content += data[:room]
+        self.truncated = self.truncated or len(data) > room
+        return bool(data)
+
+
+class Supervision:
+    """Watches a started bubblewrap. Its program waits at the `gate` until it has its limits.
+
+    Used by one thread, the one that started it: bubblewrap dies with that very thread
+    (--die-with-parent). All descriptors given are closed by `close`.
+    """
+
+    def __init__(
+        self,
+        bwrap: subprocess.Popen[bytes],
+        *,
+        gate: int,
+        status: int,
+        stdin: bytes,
+        limits: Limits,
+        client: socket.socket | None,
+    ) -> None:
+        self._bwrap = bwrap
+        self._limits = limits
+        self._client = client
+        self._gate: int | None = gate
+        self._status = status
+        self._told = b""
+        self._exit_code: int | None = None
+        self._init: int | None = None
+        self._init_handle: int | None = None
+        self._verdict: Status | None = None
+        self._client_gone = False
+        self._ended = False
+        self._usage = usage.Usage()
+        self._started = time.monotonic()
+        self._finished = self._started
+        self._deadline = self._started + _SETUP_SECONDS
+        self._stdin = memoryview(stdin)
+        assert bwrap.stdout is not None and bwrap.stderr is not None
+        self._stdout = _Stream(bwrap.stdout, limits.output)
+        self._stderr = _Stream(bwrap.stderr, limits.output)
+        self._buried = False
+        self._selector: selectors.BaseSelector
+        self._closing = ExitStack()
+
+    def run(self) -> Outcome:
+        """Watch until the end; ClientGoneError if the client left before."""
+        self._watch_all()
+        while not self._ended:
+            events = self._selector.select(max(0.0, self._deadline - time.monotonic()))
+            for key, _ in events:
+                handle: Callable[[], None] = key.data
+                handle()
+            if time.monotonic() >= self._deadline and not self._ended:
+                self._expire()
+        self._finished = time.monotonic()
+        self._bury()
+        self._drain()
+        if self._client_gone:
+            raise ClientGoneError
+        return self._outcome()
+
+    def close(self) -> None:
+        """End what still runs, and close every descriptor."""
+        if not self._buried:
+            self._bwrap.kill()
+            self._bury()
+        for pipe in (self._bwrap.stdin, self._bwrap.stdout, self._bwrap.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        for descriptor in (self._gate, self._status, self._init_handle):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._closing.close()
+
+    def _watch_all(self) -> None:
+        self._selector = self._closing.enter_context(selectors.DefaultSelector())
+        ended = os.pidfd_open(self._bwrap.pid)
+        self._closing.callback(os.close, ended)
+        self._watch(ended, self._on_ended)
+        self._watch(self._status, self._on_status)
+        self._watch(self._stdout.pipe, lambda: self._on_output(self._stdout))
+        self._watch(self._stderr.pipe, lambda: self._on_output(self._stderr))
+        if self._bwrap.stdin is not None:
+            os.set_blocking(self._bwrap.stdin.fileno(), False)
+            self._selector.register(self._bwrap.stdin, selectors.EVENT_WRITE, self._on_stdin)
+        if self._client is not None:
+            self._watch(self._client, self._on_client)
+
+    def _watch(self, source: int | IO[bytes] | socket.socket, handle: Callable[[], None]) -> None:
+        self._selector.register(source, selectors.EVENT_READ, handle)
+
+    def _on_ended(self) -> None:
+        self._ended = True
+
+    def _on_status(self) -> None:
+        data = os.read(self._status, _CHUNK)
+        if not data:
+            self._selector.unregister(self._status)
+            return
+        *lines, self._told = (self._told + data).split(b"\n")
+        for line in lines:
+            if line.strip():
+                self._on_report(json.loads(line))
+
+    def _on_report(self, report: dict[str, int]) -> None:
+        if "exit-code" in report:
+            self._exit_code = report["exit-code"]
+        elif "child-pid" in report:
+            self._init = report["child-pid"]
+            with contextlib.suppress(ProcessLookupError):  # set-up failed meanwhile
+                self._init_handle = os.pidfd_open(self._init)
+                self._open_gate()
+
+    def _open_gate(self) -> None:
+        assert self._init is not None and self._init_handle is not None and self._gate is not None
+        if self._verdict is not None:
+            _kill(self._init_handle)
+            return
+        # Between the clone into the run's own user namespace and the program's exec: early
+        # enough for every process of the program, late enough to count only those.
+        resource_limits.apply(self._init, self._limits)
+        os.close(self._gate)
+        self._gate = None
+        self._started = time.monotonic()
+        self._deadline = self._started + self._limits.timeout
+
+    def _on_output(self, stream: _Stream) -> None:
+        try:
+            more = stream.read()
+        except BlockingIOError:
+            return
+        if not more:
+            self._selector.unregister(stream.pipe)
+        elif stream.truncated:
+            self._selector.unregister(stream.pipe)
+            self._kill("output_limit")
+
+    def _on_stdin(self) -> None:
+        pipe = self._bwrap.stdin
+        assert pipe is not None
+        try:
+            self._stdin = self._stdin[os.write(pipe.fileno(), self._stdin[:_CHUNK]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._stdin = memoryview(b"")  # the program does not want the rest
+        if not self._stdin:
+            self._selector.unregister(pipe)
+            pipe.close()
+
+    def _on_client(self) -> None:
+        assert self._client is not None
+        try:
+            self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        # At its end; or it speaks out of turn, which is no better.
+        self._selector.unregister(self._client)
+        self._client_gone = True
+        self._kill("sandbox_error")
+
+    def _expire(self) -> None:
+        if self._verdict is not None or self._gate is not None:
+            # Neither the kill nor the set-up came to an end: the last resort.
+            self._verdict = self._verdict or "sandbox_error"
+            self._bwrap.kill()
+            self._deadline = time.monotonic() + _KILL_SECONDS
+        else:
+            self._kill("timeout")
+
+    def _kill(self, verdict: Status) -> None:
+        """Kill all of the run. bubblewrap sees its init die, and ends by itself."""
+        if self._verdict is not None:
+            return
+        self._verdict = verdict
+        self._deadline = time.monotonic() + _KILL_SECONDS
+        # bubblewrap itself is not killed before it has told its child: that one would be left
+        # waiting for ever. It is killed when it is told.
+        if self._init is not None and self._init_handle is not None:
+            self._usage = usage.sample(self._init)
+            _kill(self._init_handle)
+
+    def _bury(self) -> None:
+        self._buried = True
+        if self._init_handle is not None:
+            _kill(self._init_handle)
+        self._bwrap.wait()
+        if self._init is None or self._init_handle is None:
+            return
+        spent = orphans.bury(self._init)
+        if spent is not None:
+            cpu_ms = round((spent.ru_utime + spent.ru_stime) * 1000)
+            self._usage = usage.Usage(
+                max(self._usage.cpu_ms, cpu_ms),
+                max(self._usage.max_rss_bytes, spent.ru_maxrss * 1024),  # the kernel tells KiB
+            )
+
+    def _drain(self) -> None:
+        """Read what was written last. No writer is left, so nothing here waits."""
+        for stream in (self._stdout, self._stderr):
+            with contextlib.suppress(BlockingIOError):
+                while not stream.truncated and stream.read():
+                    pass
+        os.set_blocking(self._status, False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._status, _CHUNK):
+                self._told += data
+        for line in self._told.splitlines():
+            self._on_report(json.loads(line))
+
+    def _outcome(self) -> Outcome:
+        told, exit_code, died_of = self._exit_code, None, None
+        status: Status
+        if self._verdict is not None:
+            status = self._verdict
+        elif self._stdout.truncated or self._stderr.truncated:
+            status = "output_limit"
+        elif told is None:
+            status = "sandbox_error"  # bubblewrap ended before the program began
+        elif told - 128 in _DEADLY:
+            status, died_of = "error", told - 128
+        else:
+            status, exit_code = "ok" if told == 0 else "error", told
+        return Outcome(
+            status=status,
+            exit_code=exit_code,
+            signal=died_of,
+            stdout=bytes(self._stdout.content),
+            stderr=bytes(self._stderr.content),
+            stdout_truncated=self._stdout.truncated,
+            stderr_truncated=self._stderr.truncated,
+            duration_ms=round((self._finished - self._started) * 1000),
+            cpu_ms=self._usage.cpu_ms,
+            max_rss_bytes=self._usage.max_rss_bytes,
+        )
+
+
+def _kill(handle: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(handle, signal.SIGKILL)

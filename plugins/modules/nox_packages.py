@@ -1,0 +1,147 @@
+#!/usr/bin/python
+# SPDX-License-Identifier: Apache-2.0
+"""Distribution packages that must be there, with a check mode that works on a bare host."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: nox_packages
+short_description: Installs missing Debian or Ubuntu packages
+description:
+  - Asks dpkg what is missing and installs just that, in one apt transaction.
+  - Unlike M(ansible.builtin.apt) it needs no python3-apt on the host, so check mode tells the truth on an untouched
+    minimal server too; there apt itself is asked what it would install.
+author: The Nox maintainers
+options:
+  name:
+    description: Packages that must be installed.
+    type: list
+    elements: str
+    required: true
+  recommends:
+    description: Whether recommended packages come along.
+    type: bool
+    default: false
+  lock_timeout:
+    description: Seconds to wait for another apt or dpkg to end (unattended-upgrades on a fresh server).
+    type: int
+    default: 300
+"""
+
+EXAMPLES = r"""
+- name: Install what the services need
+  nox.platform.nox_packages:
+    name: [bubblewrap, ufw]
+"""
+
+RETURN = r"""
+missing:
+  description: The named packages that were not there before.
+  returned: always
+  type: list
+installed:
+  description: Every package that apt installed (in check mode would install), dependencies included.
+  returned: when something was missing
+  type: list
+"""
+
+import os
+import re
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_MODE": "l"}
+
+
+def missing_packages(module: AnsibleModule, names: list[str]) -> list[str]:
+    _, out, _ = module.run_command(
+        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *names]
+    )
+    present = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
+    return [name for name in names if name not in present]
+
+
+def apt(module: AnsibleModule, *arguments: str) -> tuple[int, str, str]:
+    result: tuple[int, str, str] = module.run_command(
+        ["apt-get", "-q", "-y", *arguments], environ_update=ENVIRONMENT
+    )
+    return result
+
+
+def install(module: AnsibleModule, names: list[str], simulate: bool) -> tuple[int, str, str]:
+    options = [
+        "-o",
+        f"DPkg::Lock::Timeout={module.params['lock_timeout']}",
+        # an operator's own changes to configuration files are never overwritten, nor asked about
+        "-o",
+        "Dpkg::Options::=--force-confdef",
+        "-o",
+        "Dpkg::Options::=--force-confold",
+        "--no-remove",
+    ]
+    if not module.params["recommends"]:
+        options.append("--no-install-recommends")
+    if simulate:
+        options.append("--simulate")
+    return apt(module, *options, "install", *names)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "list", "elements": "str", "required": True},
+            "recommends": {"type": "bool", "default": False},
+            "lock_timeout": {"type": "int", "default": 300},
+        },
+        supports_check_mode=True,
+    )
+    missing = missing_packages(module, module.params["name"])
+    if not missing:
+        module.exit_json(changed=False, missing=[])
+
+    rc, out, err = install(module, missing, simulate=True)
+    if rc != 0 and not module.check_mode:
+        # empty or stale package lists: the usual state of a fresh image
+        update_rc, _, update_err = apt(module, "update")
+        rc, out, err = install(module, missing, simulate=True)
+        if update_rc != 0:
+            err = f"{update_err}\n{err}"
+    if rc != 0 and module.check_mode:
+        # apt can't plan without package lists, and fetching them would be a change
+        plan: list[str] = missing
+        module.warn(f"apt can't plan yet (package lists missing?); at least: {' '.join(missing)}")
+    elif rc != 0:
+        fail(module, missing, err)
+    else:
+        plan = sorted(re.findall(r"^Inst (\S+)", out, re.MULTILINE))
+
+    result: dict[str, Any] = {
+        "changed": True,
+        "missing": missing,
+        "installed": plan,
+        "diff": {"before": "", "after": "".join(f"{name}\n" for name in plan)},
+    }
+    if module.check_mode:
+        module.exit_json(**result)
+
+    rc, _, err = install(module, missing, simulate=False)
+    if rc != 0:
+        # lists that point at files the mirror no longer has
+        apt(module, "update")
+        rc, _, err = install(module, missing, simulate=False)
+    if rc != 0 or missing_packages(module, missing):
+        fail(module, missing, err)
+    module.exit_json(**result)
+
+
+def fail(module: AnsibleModule, missing: list[str], err: str) -> None:
+    module.fail_json(
+        msg=f"apt can't install {' '.join(missing)}: {err.strip()[-1500:]}\n"
+        f"See for yourself: sudo apt-get update && sudo apt-get install {' '.join(missing)}"
+    )
+
+
+if __name__ == "__main__":
+    os.umask(0o022)  # packages' files must not inherit a hardened umask
+    main()

@@ -1,0 +1,200 @@
+"""``make test``: every proof of the project, step by step, with a table at the end.
+
+    python tests/run.py [lint] [unit] [molecule] [--list]
+
+A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
+passed, 1 something failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
+MOLECULE_SCENARIOS = ("default", "nginx")
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+    "PY_COLORS": "0",
+    "NO_COLOR": "1",
+    "ANSIBLE_NOCOLOR": "1",
+}
+
+
+class CannotRunHere(Exception):
+    """This machine lacks something the step needs; the message says what."""
+
+
+class Failed(Exception):
+    """A command of the step ended with another status than 0."""
+
+
+def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> None:
+    command = [str(word) for word in words]
+    print(f"$ {' '.join(command)}", flush=True)
+    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise Failed(f"status {done.returncode}: {' '.join(command)}")
+
+
+# ── The steps
+
+
+def ruff() -> None:
+    run("ruff", "check", ".")
+    run("ruff", "check", ".", cwd=ROOT / "app")
+    run("ruff", "format", "--check", "app", "lab", "roles/nox_tools/files")
+
+
+def mypy() -> None:
+    run("mypy", "lab", "tests/run.py")
+    run("mypy", "roles/nox_tools/files/nox-debug")
+    run("mypy", "roles/nox_tools/files/nox-monitor")
+    run("mypy", *sorted((ROOT / "plugins/modules").glob("*.py")), cwd=ROOT / ".collections")
+
+
+def mypy_app() -> None:
+    run(app_python(TARGET_PYTHONS[-1]), "-m", "mypy", "--version")
+
+
+def yamllint() -> None:
+    run("yamllint", "--strict", ".")
+
+
+def shellcheck() -> None:
+    run("shellcheck", "-x", *sorted((ROOT / "tests").glob("*.sh")), ROOT / ".ci/run")
+
+
+def ansible_lint() -> None:
+    run("ansible-lint", "--offline", "--profile=production", "--strict")
+
+
+def unit_control() -> None:
+    run("pytest", "-q", "tests/unit")
+
+
+def find_python(version: str) -> Path:
+    """An interpreter of this version that is on the machine; nothing is downloaded."""
+    found = subprocess.run(
+        [BIN / "uv", "python", "find", "--no-python-downloads", "--no-project", version],
+        cwd="/",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode != 0:
+        raise CannotRunHere(f"no Python {version} on this machine")
+    return Path(found.stdout.strip())
+
+
+def app_python(version: str) -> Path:
+    """The interpreter of a virtual environment with the service's locked dependencies and test tools."""
+    lock = ROOT / "requirements/app-test.lock"
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
+    venv = ROOT / f".venv-test-{version}"
+    complete = venv / "complete"
+    if not complete.exists() or complete.read_text() != digest:
+        shutil.rmtree(venv, ignore_errors=True)
+        run(find_python(version), "-m", "venv", venv)
+        run(venv / "bin/pip", "install", "--quiet", "--require-hashes", "--requirement", lock)
+        complete.write_text(digest)
+    return venv / "bin/python"
+
+
+def unit_app(version: str) -> Callable[[], None]:
+    def step() -> None:
+        require_package("bwrap", "bubblewrap")
+        # from app/, whose packages need no installation there
+        run(app_python(version), "-m", "pytest", "-q", "tests", cwd=ROOT / "app", PYTHONPATH=str(ROOT / "app"))
+
+    return step
+
+
+def require_package(program: str, package: str) -> None:
+    if shutil.which(program):
+        return
+    if os.geteuid() != 0:
+        raise CannotRunHere(f"{package} is missing: sudo apt-get install {package}")
+    run("apt-get", "update", "-qq")
+    run("apt-get", "install", "-qq", "-y", package)
+
+
+def molecule(scenario: str) -> Callable[[], None]:
+    def step() -> None:
+        check = subprocess.run(
+            [sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True
+        )
+        if check.returncode != 0:
+            raise CannotRunHere((check.stdout + check.stderr).strip())
+        try:
+            run("molecule", "test", "--scenario-name", scenario)
+        finally:
+            # a scenario that died half-way has not destroyed its hosts
+            run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}")
+
+    return step
+
+
+@dataclass(frozen=True)
+class Step:
+    group: str
+    name: str
+    action: Callable[[], None]
+
+
+STEPS = (
+    Step("lint", "ruff", ruff),
+    Step("lint", "mypy --strict", mypy),
+    Step("lint", "yamllint", yamllint),
+    Step("lint", "shellcheck", shellcheck),
+    Step("lint", "ansible-lint, production profile", ansible_lint),
+    Step("unit", "control side", unit_control),
+    *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
+    *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+)
+
+
+def main(arguments: list[str]) -> int:
+    groups = sorted({step.group for step in STEPS})
+    if "--list" in arguments:
+        print("\n".join(f"{step.group:9} {step.name}" for step in STEPS))
+        return 0
+    if unknown := [word for word in arguments if word not in groups]:
+        print(f"unknown: {' '.join(unknown)}; there are: {' '.join(groups)}\n{__doc__}", file=sys.stderr)
+        return 2
+    outcomes: list[tuple[str, str, float, str]] = []
+    for step in STEPS:
+        if arguments and step.group not in arguments:
+            continue
+        print(f"\n━━ {step.name}", flush=True)
+        started = time.monotonic()
+        try:
+            step.action()
+            outcome, reason = "passed", ""
+        except CannotRunHere as error:
+            outcome, reason = "not run", str(error)
+        except (Failed, FileNotFoundError) as error:
+            outcome, reason = "FAILED", str(error)
+        outcomes.append((step.name, outcome, time.monotonic() - started, reason))
+    width = max(len(name) for name, *_ in outcomes)
+    print(f"\n━━ {'step':{width}}  {'outcome':8} seconds")
+    for name, outcome, seconds, reason in outcomes:
+        print(f"   {name:{width}}  {outcome:8} {seconds:7.1f}{'  ' + reason if reason else ''}")
+    count = {word: sum(o == word for _, o, _, _ in outcomes) for word in ("passed", "FAILED", "not run")}
+    print(f"\nsteps: {count['passed']} passed, {count['FAILED']} failed, {count['not run']} skipped")
+    return 1 if count["FAILED"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
