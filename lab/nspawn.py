@@ -48,7 +48,7 @@ def furnish(lab: Lab, host: Host, files: dict[str, str]) -> None:
     network = (
         "[Match]\nName=host0\n\n"
         f"[Link]\nMTUBytes={default_mtu()}\n\n"
-        f"[Network]\nAddress={host.address}/24\nGateway={lab.gateway}\n"
+        f"[Network]\nAddress={host.address}/24\nGateway={lab.gateway}\nIPv6AcceptRA=no\n"
     )
     # must sort before systemd's own 80-container-host0.network, which asks DHCP
     files = {**files, "etc/systemd/network/10-host0.network": network}
@@ -75,9 +75,7 @@ def start(lab: Lab, host: Host) -> None:
         "--system-call-filter=bpf",  # systemd inside needs both for IPAddressDeny=
         "--capability=CAP_BPF",
     ]
-    process.launch(
-        host, f"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec {shlex.join(nspawn)}", restart_on=133
-    )
+    process.launch(host, f"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec {shlex.join(nspawn)}")
 
 
 def unmount(host: Host) -> None:

@@ -17,6 +17,7 @@ from lab.machine import has_systemd, run
 from lab.state import STATE, Host, LabError, read_pid, start_time
 
 _PARENT = "nox-lab"
+RESTART = 133  # the exit code by which a rebooting host asks for a new start; systemd-nspawn's own
 POWEROFF_BOUND = 8  # seconds a host gets to shut down by itself
 
 
@@ -116,11 +117,11 @@ def remove_group(group: Path) -> None:
 # --- a host's main process ---------------------------------------------------------------------------------------
 
 
-def launch(host: Host, command: str, restart_on: int) -> None:
+def launch(host: Host, command: str) -> None:
     """Run a host's shell command in its own control group, session and log file; it outlives this process.
 
-    ``restart_on`` is the exit code by which a rebooting host asks to be started again. The host's file ``pid`` then
-    holds its main process and that one's start time.
+    It is run again for as long as it ends with RESTART. The host's file ``pid`` then holds its main process and that
+    one's start time.
     """
     script = host.dir / "start"
     script.write_text(
@@ -139,8 +140,8 @@ def launch(host: Host, command: str, restart_on: int) -> None:
             "WorkingDirectory": str(host.dir),
             "StandardOutput": f"append:{host.console}",
             "StandardError": f"append:{host.console}",
-            "RestartForceExitStatus": str(restart_on),
-            "SuccessExitStatus": str(restart_on),
+            "RestartForceExitStatus": str(RESTART),
+            "SuccessExitStatus": str(RESTART),
         }
         options = [f"--property={name}={value}" for name, value in properties.items()]
         run(
@@ -163,7 +164,7 @@ def launch(host: Host, command: str, restart_on: int) -> None:
     with host.console.open("a") as log:
         # The supervisor stays outside of the group, which must be empty for a new start.
         supervisor = subprocess.Popen(
-            ["sh", "-c", f'while sh start "$0"; [ $? -eq {restart_on} ]; do :; done', str(group)],
+            ["sh", "-c", f'while sh start "$0"; [ $? -eq {RESTART} ]; do :; done', str(group)],
             cwd=host.dir,
             stdin=subprocess.DEVNULL,
             stdout=log,

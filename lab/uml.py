@@ -121,7 +121,7 @@ def furnish(lab: Lab, host: Host, files: dict[str, str]) -> None:
     network = (
         "[Match]\nName=vec0\n\n"
         f"[Link]\nMTUBytes={default_mtu()}\n\n"
-        f"[Network]\nAddress={host.address}/24\nGateway={lab.gateway}\n"
+        f"[Network]\nAddress={host.address}/24\nGateway={lab.gateway}\nIPv6AcceptRA=no\n"
     )
     files = {**files, "etc/systemd/network/10-vec0.network": network}
     with tarfile.open(host.dir / "identity.tar", "w") as archive:
@@ -140,7 +140,7 @@ def furnish(lab: Lab, host: Host, files: dict[str, str]) -> None:
 
 
 def start(lab: Lab, host: Host) -> None:
-    """Start a furnished host; it outlives this process. A reboot stays within its process."""
+    """Start a furnished host; it outlives this process."""
     tap = _tap(lab, host)
     if not Path(f"/sys/class/net/{tap}").exists():
         run("ip", "tuntap", "add", "dev", tap, "mode", "tap")
@@ -170,7 +170,13 @@ def start(lab: Lab, host: Host) -> None:
     preload = _preload(kernel)
     if preload:
         environment.append(f"LD_PRELOAD={preload}")
-    process.launch(host, f"exec env {shlex.join(environment + arguments)}", restart_on=133)
+    # To reboot, the kernel executes its own argv[0] again, but keeps the tap device open, which it then finds busy. So
+    # that name is given to a script that ends in its place and asks for a new start.
+    again = host.dir / "again"
+    again.write_text(f"#!/bin/sh\nexit {process.RESTART}\n")
+    again.chmod(0o755)
+    words = ["env", *environment, "bash", "-c", 'exec -a "$0" "$@"', str(again), *arguments]
+    process.launch(host, f"exec {shlex.join(words)}")
 
 
 def _memory_dir(host: Host) -> str:

@@ -80,7 +80,7 @@ request() {
     else
       STATUS=$(curl "${options[@]}" "$@" "$NOX_URL$path" 2>"$ERROR")
     fi || {
-      WHY=$(head -c 300 "$ERROR")
+      WHY=$(head -n 1 "$ERROR")
       STATUS=000
       return 1
     }
@@ -103,17 +103,10 @@ put() {
   [[ $STATUS != 000 ]]
 }
 
-# Does the last answer have this status?
+# Does the last answer have this status, or one of these? Usage: status_is 400 422
 status_is() {
-  [[ $STATUS == "$1" ]] && return 0
-  WHY="status $STATUS instead of $1: $(head -c 300 "$BODY")"
-  return 1
-}
-
-# Is the last answer a refusal, 400 to 499?
-status_is_4xx() {
-  [[ $STATUS == 4?? ]] && return 0
-  WHY="status $STATUS instead of 4xx: $(head -c 300 "$BODY")"
+  [[ " $* " == *" $STATUS "* ]] && return 0
+  WHY="status $STATUS instead of $*: $(head -c 300 "$BODY")"
   return 1
 }
 
@@ -141,9 +134,12 @@ is_problem() {
   return 1
 }
 
-# Is a file of the sandbox listed? Usage: listed NAME; sees a name at any depth.
-listed() {
-  api GET /files && status_is 200 && grep -qF -- "$1" "$BODY"
+# Is this name absent from the list of files, at any depth?
+not_listed() {
+  api GET /files && status_is 200 || return 1
+  ! grep -qF -- "$1" "$BODY" && return 0
+  WHY="$1 was written"
+  return 1
 }
 
 # Run one check and print its line. Usage: check TITLE FUNCTION [arguments]

@@ -1,0 +1,274 @@
+"""Load, loss, reload and stop of the two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+from service import APP, Service, as_user, environment, running, wait_for
+
+from nox_runner import protocol
+
+Make = Callable[..., Service]
+
+
+def test_a_full_queue(own: Make) -> None:
+    nox = own(NOX_SLOTS=1, NOX_QUEUE=2).start()
+    with ThreadPoolExecutor(12) as pool, nox.client() as client:
+        body = {"cmd": "sleep 0.3"}
+        answers = [pool.submit(client.post, "/run_sh", json=body) for _ in range(12)]
+        slowest = 0.0
+        while not all(answer.done() for answer in answers):
+            started = time.monotonic()
+            assert httpx.get(f"{nox.url}/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+        results = [answer.result() for answer in answers]
+    statuses = [result.status_code for result in results]
+    assert statuses.count(200) >= 3 and statuses.count(429) >= 5
+    assert set(statuses) == {200, 429}
+    full = next(result for result in results if result.status_code == 429)
+    assert 1 <= int(full.headers["retry-after"]) <= 20
+    assert full.headers["content-type"] == "application/problem+json"
+    assert slowest < 0.5
+    assert nox.detail()["slots"]["used"] == 0
+
+
+def test_a_client_that_leaves(own: Make) -> None:
+    nox = own(NOX_SLOTS=1, NOX_QUEUE=5, NOX_TIMEOUT=20).start()
+    marker = "31415"
+
+    def leave(seconds: float) -> None:
+        with nox.client(timeout=seconds) as client:
+            try:
+                client.post("/run_sh", json={"cmd": f"sleep {marker}"})
+            except httpx.ReadTimeout:
+                return
+        raise AssertionError("the run ended")
+
+    first = threading.Thread(target=leave, args=(1.0,))
+    first.start()
+    wait_for(lambda: list(running("sleep", marker)), "the run")
+    second = threading.Thread(target=leave, args=(0.3,))
+    second.start()
+    wait_for(lambda: nox.detail()["queue"]["used"] == 1, "the one who waits")
+    second.join()
+    wait_for(lambda: nox.detail()["queue"]["used"] == 0, "the empty queue")
+    first.join()
+    wait_for(lambda: not list(running("sleep", marker)), "the kill", 2)
+    started = time.monotonic()
+    assert nox.shell("echo next")["stdout"] == "next\n"
+    assert time.monotonic() - started < 1
+    log = [json.loads(line) for line in nox.front_log().splitlines()]
+    assert sum(line.get("status") == 499 for line in log) == 2
+    assert "run_cancelled" in nox.runner_log()
+    assert (nox.logs / "error.log").read_text() == ""
+
+
+def test_the_runner_lost_and_back(own: Make) -> None:
+    nox = own().start()
+    assert nox.runner is not None
+    with nox.client() as client, ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(client.post, "/run_sh", json={"cmd": "sleep 27182"})
+        wait_for(lambda: list(running("sleep", "27182")), "the run")
+        nox.runner.kill()
+        nox.runner.wait()
+        assert lost.result().status_code == 503
+        wait_for(lambda: not list(running("sleep", "27182")), "the end of its run", 2)
+        for answer in (client.post("/run_py", json={"code": "1"}), client.get("/files")):
+            assert answer.status_code == 503 and answer.headers["retry-after"]
+            assert answer.headers["content-type"] == "application/problem+json"
+        wait_for(lambda: client.get("/health").status_code == 503, "bad health", 3)
+        nox.start_runner()
+        assert client.post("/run_py", json={"code": "print(1)"}).json()["stdout"] == "1\n"
+        wait_for(lambda: client.get("/health").status_code == 200, "good health", 3)
+
+
+def test_a_sandbox_that_does_not_work_and_recovers(own: Make) -> None:
+    nox = own()
+    nox.sandbox.rename(nox.sandbox.with_name("away"))
+    nox.start()
+    assert '"sandbox_unable"' in nox.runner_log()
+    with nox.client() as client:
+        answer = client.get("/health")
+        assert answer.status_code == 503 and "trial run" in answer.json()["detail"]
+        public = httpx.get(f"{nox.url}/health")
+        assert public.status_code == 503 and "trial" not in public.text
+        assert client.post("/run_sh", json={"cmd": "true"}).status_code == 503
+        nox.sandbox.with_name("away").rename(nox.sandbox)
+        wait_for(lambda: client.get("/health").status_code == 200, "health", 8)
+    assert nox.shell("true")["status"] == "ok"
+
+
+def test_reload(own: Make) -> None:
+    nox = own().start()
+    assert nox.front is not None and nox.runner is not None
+    old = nox.token
+    with ThreadPoolExecutor(1) as pool, nox.client(old) as client:
+        long = pool.submit(client.post, "/run_sh", json={"cmd": "sleep 1.2; echo kept"})
+        wait_for(lambda: nox.detail()["slots"]["used"] == 1, "the run")
+        nox.token = "f" * 64
+        nox.write_settings(NOX_TIMEOUT=3, NOX_SLOTS=2, NOX_PORT=1, NOX_QUEU=3)
+        for process in (nox.front, nox.runner):
+            process.send_signal(signal.SIGHUP)
+        wait_for(lambda: '"reloaded"' in nox.front_log(), "the front's reload")
+        wait_for(lambda: '"reloaded"' in nox.runner_log(), "the runner's reload")
+        assert client.get("/files").status_code == 401
+        detail = nox.detail()
+        assert detail["settings"]["timeout"] == 3 and detail["slots"]["total"] == 2
+        assert long.result().json()["stdout"] == "kept\n"
+    errors = (nox.logs / "error.log").read_text()
+    assert "needs a restart" in errors and "did you mean NOX_QUEUE" in errors
+    nox.write_settings(NOX_TIMEOUT="never")
+    nox.front.send_signal(signal.SIGHUP)
+    nox.runner.send_signal(signal.SIGHUP)
+    wait_for(lambda: '"reload_failed"' in nox.front_log(), "the refusal")
+    wait_for(lambda: '"reload_failed"' in nox.runner_log(), "the refusal")
+    assert nox.detail()["settings"]["timeout"] == 3
+    assert nox.token not in nox.front_log()
+
+
+def test_rotation_loses_no_line(own: Make) -> None:
+    nox = own().start()
+    ids = []
+    with nox.client() as client:
+        for number in range(90):
+            if number % 30 == 15:
+                log = nox.logs / "nox-api.log"
+                log.rename(nox.logs / f"nox-api.log.{number}")
+            ids.append(client.get("/health").headers["x-request-id"])
+    nox.stop_front = None  # type: ignore[attr-defined]
+
+    def logged() -> set[str]:
+        lines = [
+            json.loads(line)
+            for path in nox.logs.glob("nox-api.log*")
+            for line in path.read_text().splitlines()
+        ]
+        return {line["request_id"] for line in lines if "request_id" in line}
+
+    wait_for(lambda: set(ids) <= logged(), "each line", 2)
+    assert len(list(nox.logs.glob("nox-api.log*"))) == 4
+
+
+def test_an_orderly_stop(own: Make) -> None:
+    nox = own().start()
+    assert nox.front is not None and nox.runner is not None
+    with ThreadPoolExecutor(1) as pool, nox.client() as client:
+        last = pool.submit(client.post, "/run_sh", json={"cmd": "sleep 0.8; echo finished"})
+        wait_for(lambda: nox.detail()["slots"]["used"] == 1, "the run")
+        nox.front.send_signal(signal.SIGTERM)
+        nox.runner.send_signal(signal.SIGTERM)
+        assert last.result().json()["stdout"] == "finished\n"
+    assert nox.front.wait(5) == 0 and nox.runner.wait(5) == 0
+    assert not nox.socket.exists()
+
+
+def test_systemd_is_told(own: Make) -> None:
+    nox = own()
+    path = str(nox.run / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        os.chmod(path, 0o777)
+        manager.settimeout(10)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(nox.socket))
+        listener.listen()
+        os.chmod(nox.socket, 0o777)
+        # What systemd does: descriptor 3, and the pid that is to use it.
+        passing = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"  # noqa: E501
+        command = as_user(
+            sys.executable, "-c", passing, sys.executable, "-m", "nox_runner",
+            "--settings", str(nox.runner_settings), "--client-user", "self",
+        )  # fmt: skip
+        env = {**environment(), "NOTIFY_SOCKET": path, "LISTEN_FDS": "1"}
+
+        def third() -> None:
+            os.dup2(listener.fileno(), 3)
+
+        nox.runner = subprocess.Popen(command, cwd=APP, env=env, preexec_fn=third, pass_fds=[3])
+        assert manager.recv(4096) == b"READY=1"
+        nox.runner.send_signal(signal.SIGHUP)
+        assert manager.recv(4096).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+        assert manager.recv(4096) == b"READY=1"
+        nox.start_front()
+        assert nox.shell("echo 1")["stdout"] == "1\n"
+        nox.runner.send_signal(signal.SIGTERM)
+        assert b"STOPPING=1\nEXTEND_TIMEOUT_USEC=" in manager.recv(4096)
+        assert nox.runner.wait(10) == 0
+        listener.close()
+
+
+def test_strangers_and_nonsense_at_the_runners_socket(own: Make) -> None:
+    nox = own().start()
+    assert nox.runner is not None
+    if os.getuid() == 0:  # the runner is another user's
+        os.chmod(nox.socket, 0o777)
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(nox.socket))
+            assert stranger.recv(1) == b""
+        assert '"peer_refused"' in nox.runner_log()
+    nonsense = (
+        "import socket, sys\nfor data in (b'', b'GET / HTTP/1.1\\r\\n\\r\\n', b'\\0\\0\\0\\2{}',"
+        " b'\\xff' * 99, b'\\0\\0\\0\\5ab'):\n"
+        "    s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(data)\n"
+        "    s.shutdown(socket.SHUT_WR); print(s.recv(999))"
+    )
+    told = subprocess.run(
+        as_user(sys.executable, "-c", nonsense, str(nox.socket)),
+        capture_output=True, text=True, env=environment(), timeout=20,
+    )  # fmt: skip
+    assert told.stdout.count('"protocol"') == 5, told
+    assert nox.runner.poll() is None and nox.shell("true")["status"] == "ok"
+
+
+def test_the_front_refuses_bad_settings(own: Make) -> None:
+    nox = own()
+    nox.token = "replace_with_secure_token"
+    nox.write_settings()
+    started = subprocess.run(
+        as_user(sys.executable, "-m", "nox_api", "--settings", str(nox.front_settings)),
+        cwd=APP, env=environment(), capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert started.returncode == 1
+    reason = json.loads(started.stderr.splitlines()[-1])["reason"]
+    assert "NOX_API_TOKEN" in reason and "openssl rand -hex 32" in reason
+    assert nox.token not in started.stderr
+
+
+def test_the_runner_refuses_to_be_root(own: Make) -> None:
+    if os.getuid() != 0:
+        print("not root: nothing to refuse")
+        return
+    nox = own()
+    started = subprocess.run(
+        [sys.executable, "-m", "nox_runner", "--settings", str(nox.runner_settings),
+         "--socket", str(nox.socket)],
+        cwd=APP, env=environment(), capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert started.returncode == 1 and "setpriv" in started.stderr
+
+
+def test_the_app_is_there_for_uvicorn(own: Make) -> None:
+    nox = own()
+    code = (
+        "import sys, nox_api, nox_api.settings as s; s.DEFAULT_PATH = sys.argv[1]\n"
+        "print(type(nox_api.app).__name__, nox_api.app is nox_api.app)"
+    )
+    told = subprocess.run(
+        as_user(sys.executable, "-c", code, str(nox.front_settings)),
+        cwd=APP, env=environment(), capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert told.stdout == "FastAPI True\n", told.stderr
+
+
+def test_health_is_the_protocols(own: Make) -> None:
+    assert protocol.encode_request(protocol.Health())[4:] == b'{"v":1,"op":"health"}'
