@@ -151,7 +151,9 @@ def install_on_lab_host() -> Service:
 
 
 def start_on_loopback(reason: str) -> Service:
-    say(f"This machine can't host containers ({reason}); front and runner start on loopback instead.")
+    say(
+        f"This machine can't host containers ({reason}); front and runner start on loopback instead."
+    )
     STATE.mkdir(parents=True, exist_ok=True)
     STATE.chmod(0o700)
     settings = STATE / "settings"
@@ -174,7 +176,10 @@ def start_on_loopback(reason: str) -> Service:
         socket.unlink(missing_ok=True)
         base = [str(python), "-m"]
         flags = ["--settings", str(settings)]
-        spawn("runner", [*base, "nox_runner", *flags, "--socket", str(socket), "--client-user", "self"])
+        spawn(
+            "runner",
+            [*base, "nox_runner", *flags, "--socket", str(socket), "--client-user", "self"],
+        )
         front = ["--runner-socket", str(socket), "--log-dir", str(STATE)]
         spawn("front", [*base, "nox_api", *flags, *front])
         until = time.monotonic() + 20
@@ -205,7 +210,17 @@ def service_python() -> Path:
     if not (venv / "complete").exists():
         shutil.rmtree(venv, ignore_errors=True)
         command(sys.executable, "-m", "venv", str(venv), check=True)
-        command(str(python), "-m", "pip", "install", "-q", "--require-hashes", "-r", str(lock), check=True)
+        command(
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--require-hashes",
+            "-r",
+            str(lock),
+            check=True,
+        )
         (venv / "complete").touch()
     return python
 
@@ -216,7 +231,15 @@ def require_bubblewrap() -> None:
     if os.geteuid() == 0 and shutil.which("apt-get"):
         with step("apt-get install bubblewrap"):
             command("apt-get", "update", "-q", check=True, stdout=subprocess.DEVNULL)
-            command("apt-get", "install", "-q", "-y", "bubblewrap", check=True, stdout=subprocess.DEVNULL)
+            command(
+                "apt-get",
+                "install",
+                "-q",
+                "-y",
+                "bubblewrap",
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         return
     raise DemoError("bubblewrap is missing: sudo apt-get install bubblewrap")
 
@@ -278,7 +301,9 @@ def requests_csv(rows: int = 5000) -> bytes:
 def show_work(service: Service) -> None:
     data = requests_csv()
     stored = service.put("demo/requests.csv", data)
-    say(f"\n── POST /put: {stored['path']}, {stored['size']} bytes, sha256 {stored['sha256'][:16]}…")
+    say(
+        f"\n── POST /put: {stored['path']}, {stored['size']} bytes, sha256 {stored['sha256'][:16]}…"
+    )
     result = service.run("/run_py", code=ANALYSIS)
     say(f"\n── POST /run_py: an analysis of it ({result['duration_ms']:.0f} ms)")
     say(indented(result["stdout"]))
@@ -309,7 +334,9 @@ def main(arguments: list[str]) -> int:
     except (DemoError, urllib.error.URLError, subprocess.CalledProcessError) as error:
         say(f"\ndemo failed: {error}")
         return 1
-    say(f"Nox is running ({time.monotonic() - started:.0f} s). It stays until `make demo-down`. Try:")
+    say(
+        f"Nox is running ({time.monotonic() - started:.0f} s). It stays until `make demo-down`. Try:"
+    )
     say(
         '  curl --cacert "$NOX_CA" -H "Authorization: Bearer $NOX_TOKEN" -H "Content-Type: application/json" '
         '-d \'{"code":"print(6*7)"}\' "$NOX_URL/run_py"\n'

@@ -1,29 +1,30 @@
-"""The Ansible inventory of a lab and the pinned host keys that go with it."""
+"""The Ansible inventory of a lab, and the pinned host keys that go with it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from lab.state import Host, Lab, LabError, write_atomic
+from lab.state import Lab, LabError, write_atomic
 
-_HEADER = "# Written by `python3 -m lab up` for the lab {lab}; changes are lost.\n"
-_OWNER = re.compile(r"# Written by `python3 -m lab up` for the lab (\S+);")
+# Hidden, because Ansible reads every other file of an inventory directory as an inventory.
+KNOWN_HOSTS = ".known_hosts"
+_OWNER = re.compile(r"# Written by `python3 -m lab[^`]*` for the lab (\S+);")
 
 
 def hosts_yml(lab: Lab, known_hosts: Path) -> str:
-    """The inventory's text: group ``nox`` with every host of the lab."""
-    ssh_args = (
-        f"-o UserKnownHostsFile={known_hosts} -o GlobalKnownHostsFile=/dev/null -o StrictHostKeyChecking=yes "
-        "-o HashKnownHosts=no -o IdentitiesOnly=yes -o IdentityAgent=none"
+    """The text of the inventory: a group ``nox`` with every host of the lab."""
+    ssh_options = (
+        f"-o UserKnownHostsFile={known_hosts} -o GlobalKnownHostsFile=/dev/null "
+        "-o StrictHostKeyChecking=yes -o IdentitiesOnly=yes -o IdentityAgent=none"
     )
     lines = [
-        _HEADER.format(lab=lab.name).rstrip(),
+        f"# Written by `python3 -m lab` for the lab {lab.name}; changes are lost.",
         "nox:",
         "  vars:",
         "    ansible_user: root",
         f'    ansible_ssh_private_key_file: "{lab.key}"',
-        f'    ansible_ssh_common_args: "{ssh_args}"',
+        f'    ansible_ssh_common_args: "{ssh_options}"',
         "    ansible_python_interpreter: /usr/bin/python3",
         f'    lab_name: "{lab.name}"',
         "  hosts:" if lab.hosts else "  hosts: {}",
@@ -38,49 +39,49 @@ def hosts_yml(lab: Lab, known_hosts: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def known_hosts(hosts: list[Host], public_keys: dict[str, str]) -> str:
-    """One line per host; ``public_keys`` holds the text of each host's public key by its name."""
-    return "".join(
-        f"{host.address} {' '.join(public_keys[host.name].split()[:2])}\n" for host in hosts
-    )
+def known_hosts(lab: Lab) -> str:
+    """The public key of every host by its address, as the lab itself made them."""
+    lines = []
+    for host in lab.hosts.values():
+        key_type, key, *_ = (host.dir / "ssh_host_ed25519_key.pub").read_text().split()
+        lines.append(f"{host.address} {key_type} {key}\n")
+    return "".join(lines)
 
 
 def owner(directory: Path) -> str | None:
-    """The lab whose inventory is in a directory; None when there is none.
+    """The lab whose inventory is in a directory; None when none is.
 
-    Raises LabError when the hosts.yml there wasn't written by a lab.
+    Raises LabError when the inventory there isn't the work of a lab.
     """
     path = directory / "hosts.yml"
     if not path.exists():
         return None
     match = _OWNER.match(path.read_text())
     if not match:
-        raise LabError(
-            f"{path} was not written by the lab and is left alone; choose another directory with --inventory"
-        )
+        raise LabError(f"{path} isn't from a lab and stays; choose another place with --inventory")
     return match[1]
 
 
 def write(lab: Lab) -> None:
-    """Write the lab's inventory into its state directory and into the directory asked for."""
-    hosts = list(lab.hosts.values())
-    keys = {host.name: (host.dir / "ssh_host_ed25519_key.pub").read_text() for host in hosts}
-    directories = [lab.dir / "inventory"] + ([Path(lab.inventory)] if lab.inventory else [])
-    for directory in directories:
+    """Write the inventory to the lab's own directory, and to the one that was asked for."""
+    for directory in [lab.dir / "inventory", *([Path(lab.inventory)] if lab.inventory else [])]:
         directory.mkdir(parents=True, exist_ok=True)
-        # keys first: who reads the new hosts finds their keys
-        write_atomic(directory / "known_hosts", known_hosts(hosts, keys))
-        write_atomic(directory / "hosts.yml", hosts_yml(lab, directory / "known_hosts"))
+        # the keys first: who finds a new host in hosts.yml is to find its key
+        write_atomic(directory / KNOWN_HOSTS, known_hosts(lab))
+        write_atomic(directory / "hosts.yml", hosts_yml(lab, directory / KNOWN_HOSTS))
 
 
 def remove(lab: Lab) -> None:
-    """Remove the lab's inventory from the directory it was asked for, unless another lab's has taken its place."""
-    if lab.inventory:
-        directory = Path(lab.inventory)
-        path = directory / "hosts.yml"
-        match = _OWNER.match(path.read_text()) if path.exists() else None
-        if match and match[1] == lab.name:
-            for name in ("hosts.yml", "known_hosts"):
-                (directory / name).unlink(missing_ok=True)
-            if not any(directory.iterdir()):
-                directory.rmdir()
+    """Remove the inventory that was asked for, unless another's has taken its place."""
+    if lab.inventory is None:
+        return
+    directory = Path(lab.inventory)
+    try:
+        if owner(directory) != lab.name:
+            return
+    except LabError:
+        return
+    for name in ("hosts.yml", KNOWN_HOSTS):
+        (directory / name).unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()

@@ -1,8 +1,9 @@
-"""A host's processes: started apart from the command, each host in a control group of its own, ended by that group.
+"""A host's processes: apart from the command that starts them, in a control group of their own.
 
-nspawn hands a host the group it was started in. Were that the machine's root group for all, every host would see, and
-with ``cgroup.kill`` or a unit's stop also end, the processes of the units of the same name on all other hosts. A group
-of its own is also the one sure way to find and end what belongs to a host, and nothing else.
+nspawn hands a host the group it was started in. Were that the machine's root group for all, each
+host would see, and by ``cgroup.kill`` or a unit's stop also end, the processes of the units of the
+same name on all the others. A group of its own is also the one sure way to find and end what
+belongs to a host, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from pathlib import Path
 from lab.machine import has_systemd, run
 from lab.state import STATE, Host, LabError, read_pid, start_time
 
-_PARENT = "nox-lab"
 RESTART = 133  # the exit code by which a rebooting host asks for a new start; systemd-nspawn's own
 POWEROFF_BOUND = 8  # seconds a host gets to shut down by itself
+_PARENT = "nox-lab"
 
 
-# --- control groups ----------------------------------------------------------------------------------------------
+# --- control groups ---
 
 
-def _mounts(kind: str) -> list[tuple[Path, str]]:
-    """(mount point, super options) of every mounted file system of a kind."""
+def _mounts(kind: str) -> list[tuple[Path, list[str]]]:
+    """(mount point, options) of every mounted file system of a kind."""
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        if after.split()[0] == kind:
-            found.append((Path(before.split()[4]), after.split()[2]))
+        mount, _, filesystem = line.partition(" - ")
+        if filesystem.split()[0] == kind:
+            found.append((Path(mount.split()[4]), filesystem.split()[2].split(",")))
     return found
 
 
 def _hierarchy() -> Path:
-    """Where the machine's cgroup v2 hierarchy is mounted; a private mount where it has none."""
+    """Where the machine's cgroup v2 hierarchy is mounted; where it isn't, mount it for us alone."""
     mounts = _mounts("cgroup2")
     if mounts:
         return mounts[0][0]
@@ -52,28 +53,26 @@ def _unit(host: Host) -> str:
 
 def group_of(host: Host) -> Path:
     """The control group of a host; it need not exist."""
-    if has_systemd():  # which hands out groups itself: nobody else may create any
+    if has_systemd():  # which wants to be the only one to create groups
         return _hierarchy() / "system.slice" / _unit(host)
     return _hierarchy() / _PARENT / host.machine
 
 
 def orphan_groups(machines: set[str]) -> list[Path]:
-    """The groups of hosts that nobody knows any more: not among these machine names."""
-    hierarchy = _hierarchy()
+    """The groups of lab hosts that aren't among these machine names."""
     if has_systemd():
-        groups = {
-            path.name.removeprefix("nox-lab-").removesuffix(".service"): path
-            for path in hierarchy.glob("system.slice/nox-lab-*.service")
-        }
+        known = {f"nox-lab-{name}.service" for name in machines}
+        groups = _hierarchy().glob("system.slice/nox-lab-*.service")
     else:
-        groups = {path.name: path for path in hierarchy.glob(f"{_PARENT}/*") if path.is_dir()}
-    return [path for name, path in sorted(groups.items()) if name not in machines]
+        known = machines
+        groups = (path for path in (_hierarchy() / _PARENT).glob("*") if path.is_dir())
+    return sorted(path for path in groups if path.name not in known)
 
 
 def _pids(group: Path) -> set[int]:
     """Every process in a group and below; empty when there is no such group."""
     found: set[int] = set()
-    for listing in [group / "cgroup.procs", *group.glob("**/cgroup.procs")]:
+    for listing in group.glob("**/cgroup.procs"):
         with suppress(OSError):
             found.update(int(line) for line in listing.read_text().split())
     return found
@@ -91,37 +90,33 @@ def kill_group(group: Path) -> None:
     """End every process in a group and below, at once."""
     try:
         (group / "cgroup.kill").write_text("1")
-    except FileNotFoundError:  # the group is gone, or Linux is older than 5.14
+    except FileNotFoundError:  # there is no such group, or Linux is older than 5.14
         for pid in _pids(group):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def remove_group(group: Path) -> None:
-    """Remove an empty group, what is below, and nspawn's mirror of it in systemd's v1 hierarchy."""
+    """Remove an empty group with what is below it, and nspawn's mirror of it in systemd's v1."""
     if has_systemd():
         return
-    mirrors = [
-        mount / _PARENT / group.name
-        for mount, options in _mounts("cgroup")
-        if "name=systemd" in options.split(",")
-    ]
-    for top in [group, *mirrors]:
+    mirrors = [mount for mount, options in _mounts("cgroup") if "name=systemd" in options]
+    for top in [group, *(mount / _PARENT / group.name for mount in mirrors)]:
         for directory, _, _ in os.walk(top, topdown=False):
             with suppress(OSError):
                 Path(directory).rmdir()
-        with suppress(OSError):  # goes with the last host
+        with suppress(OSError):  # works with the last host
             top.parent.rmdir()
 
 
-# --- a host's main process ---------------------------------------------------------------------------------------
+# --- a host's main process ---
 
 
 def launch(host: Host, command: str) -> None:
-    """Run a host's shell command in its own control group, session and log file; it outlives this process.
+    """Run a host's shell command in its own group, session and log file, apart from this process.
 
-    It is run again for as long as it ends with RESTART. The host's file ``pid`` then holds its main process and that
-    one's start time.
+    It is run again for as long as it ends with RESTART. The file ``pid`` in the host's directory
+    then names its main process (see read_pid).
     """
     script = host.dir / "start"
     script.write_text(
@@ -135,34 +130,28 @@ def launch(host: Host, command: str) -> None:
         properties = {
             "Delegate": "yes",
             "KillMode": "mixed",
+            "RestartForceExitStatus": str(RESTART),
+            "RestartSec": "0",
+            "SuccessExitStatus": str(RESTART),
+            "StandardError": f"append:{host.console}",
+            "StandardOutput": f"append:{host.console}",
             "TasksMax": "infinity",
             "TimeoutStopSec": str(POWEROFF_BOUND),
             "WorkingDirectory": str(host.dir),
-            "StandardOutput": f"append:{host.console}",
-            "StandardError": f"append:{host.console}",
-            "RestartForceExitStatus": str(RESTART),
-            "SuccessExitStatus": str(RESTART),
         }
         options = [f"--property={name}={value}" for name, value in properties.items()]
-        run(
-            "systemd-run",
-            "--quiet",
-            "--collect",
-            f"--unit={_unit(host)}",
-            *options,
-            "/bin/sh",
-            script,
-        )
+        unit = f"--unit={_unit(host)}"
+        run("systemd-run", "--quiet", "--collect", unit, *options, "/bin/sh", script)
         return
     group = group_of(host)
     try:
         group.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise LabError(
-            f"can't create the control group {group}: {exc.strerror}; is /sys/fs/cgroup mounted read-only?"
+            f"can't create {group}: {exc.strerror} (a read-only /sys/fs/cgroup?)"
         ) from exc
     with host.console.open("a") as log:
-        # The supervisor stays outside of the group, which must be empty for a new start.
+        # This loop itself stays outside of the group: a new start wants it empty.
         supervisor = subprocess.Popen(
             ["sh", "-c", f'while sh start "$0"; [ $? -eq {RESTART} ]; do :; done', str(group)],
             cwd=host.dir,
@@ -175,38 +164,41 @@ def launch(host: Host, command: str) -> None:
 
 
 def main_pid(host: Host) -> int | None:
-    """The host's main process (systemd-nspawn, or the User-mode Linux kernel); None when it ended."""
+    """The host's main process (systemd-nspawn, or the User-mode Linux kernel); None without one."""
     return read_pid(host.dir / "pid")
 
 
 def alive(host: Host) -> bool:
     """Whether the host runs, or is between the two halves of a reboot."""
+    if has_systemd():
+        return populated(group_of(host))
     return main_pid(host) is not None or read_pid(host.dir / "supervisor") is not None
 
 
+def running(host: Host) -> bool:
+    """Whether anything of the host still runs, with or without its main process."""
+    return alive(host) or populated(group_of(host))
+
+
 def ask_to_stop(host: Host) -> None:
-    """Ask the host's main process to end, and make sure that nobody starts it again."""
+    """Ask the host's main process to end, and see to it that nobody starts it again."""
     supervisor = read_pid(host.dir / "supervisor")
     if supervisor:
         with suppress(ProcessLookupError):
             os.kill(supervisor, signal.SIGKILL)
+    pid = main_pid(host)
     if has_systemd():
         run("systemctl", "stop", "--no-block", _unit(host), check=False)
-        return
-    pid = main_pid(host)
-    if pid:
+    elif pid:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
-def running(host: Host) -> bool:
-    """Whether anything at all of the host still runs, with or without its main process."""
-    return alive(host) or populated(group_of(host))
-
-
 def memory(host: Host) -> int:
-    """Bytes of memory that only this host uses: its group's account where there is one, else what its processes
-    hold that is no file's, pages they share counted once."""
+    """Bytes of memory that the host alone uses.
+
+    The account of its group where there is one; else what its processes hold that is no file's.
+    """
     group = group_of(host)
     with suppress(OSError):
         return int((group / "memory.current").read_text())

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
+from lab.inventory import KNOWN_HOSTS
 from lab.state import Host, Lab
 
 
 def command(lab: Lab, host: Host) -> list[str]:
-    """The ssh command line for root on a host: the lab's key, its pinned host keys, and no other configuration."""
+    """The ssh command line for root on a host: the lab's key and pinned host keys, nothing else."""
     options = {
-        "UserKnownHostsFile": str(lab.dir / "inventory/known_hosts"),
+        "UserKnownHostsFile": str(lab.dir / "inventory" / KNOWN_HOSTS),
         "GlobalKnownHostsFile": "/dev/null",
         "StrictHostKeyChecking": "yes",
         "IdentitiesOnly": "yes",
@@ -47,8 +48,8 @@ def boot_id(lab: Lab, host: Host) -> str:
 def answering(addresses: Iterable[str], port: int = 22, timeout: float = 0.25) -> set[str]:
     """Those of the addresses where an ssh server sends its banner within ``timeout`` seconds.
 
-    Short rounds of fresh connections see a booting host sooner than one long attempt, whose repeats are 1, 2, 4 seconds
-    apart.
+    Rounds of fresh connections see a booting host sooner than one long attempt, which repeats
+    itself after 1, 2 and 4 seconds.
     """
     found: set[str] = set()
     end = time.monotonic() + timeout

@@ -1,4 +1,4 @@
-"""What the lab remembers between commands: labs, their hosts, and which process belongs to which host."""
+"""What the lab remembers between commands: labs, their hosts, and whose process is whose."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
 class LabError(Exception):
-    """Something failed; the message names the thing, the cause and the command that helps. Exit code 1."""
+    """Something failed: the message names the thing, the cause and what helps. Exit code 1."""
 
 
 class CannotHost(LabError):
@@ -30,13 +31,13 @@ class CannotHost(LabError):
 
 
 def valid_name(name: str) -> bool:
-    """Whether a lab or host may be called this: a DNS label in lower case, at most 32 characters."""
+    """Whether a lab or host may be called this: a lower-case DNS label, at most 32 characters."""
     return _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class Host:
-    """One host of a lab. ``address`` is IPv4 without a prefix length, ``base`` the root (or image) it was made from."""
+    """One host. ``address`` is IPv4 without a prefix length, ``base`` the path it stands on."""
 
     name: str
     lab: str
@@ -66,14 +67,15 @@ class Host:
 
 @dataclass
 class Lab:
-    """A named set of hosts with a bridge and a /24 of its own: ``10.77.<index>.0/24``."""
+    """A named set of hosts with a bridge and a /24 of its own: ``10.77.<index>.0/24``.
+
+    ``inventory`` is the directory outside of the lab's own that holds its inventory.
+    """
 
     name: str
     index: int
     hosts: dict[str, Host] = field(default_factory=dict)
-    inventory: str | None = (
-        None  # an inventory directory outside the state directory that is kept in step
-    )
+    inventory: str | None = None
 
     @property
     def dir(self) -> Path:
@@ -81,6 +83,7 @@ class Lab:
 
     @property
     def key(self) -> Path:
+        """The private ssh key that opens every host of the lab."""
         return self.dir / "id_ed25519"
 
     @property
@@ -106,8 +109,16 @@ class Lab:
             if address not in taken:
                 return address
         raise LabError(
-            f"lab {self.name} is full ({MAX_HOSTS} hosts); end some: python3 -m lab down --lab {self.name} HOST"
+            f"the lab {self.name} is full ({MAX_HOSTS} hosts); "
+            f"end some: python3 -m lab down --lab {self.name} HOST"
         )
+
+    def strays(self) -> list[Host]:
+        """Host directories of this lab that its record doesn't name: a crash left them."""
+        found = (path.name for path in (self.dir / "hosts").glob("*"))
+        return [
+            Host(name, self.name, "nspawn", "", "", "") for name in found if name not in self.hosts
+        ]
 
     def save(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -136,7 +147,7 @@ def load_lab(name: str) -> Lab | None:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise LabError(
-            f"{path} is not a lab record ({exc}); remove the lab: python3 -m lab down --all --lab {name}"
+            f"{path} is not a lab's record ({exc}); end that lab: python3 -m lab down --lab {name}"
         ) from exc
 
 
@@ -144,54 +155,46 @@ def lab_names() -> list[str]:
     """Every lab with a record, or with a directory that a crash left behind."""
     if not STATE.is_dir():
         return []
-    return sorted(
-        entry.name for entry in STATE.iterdir() if entry.is_dir() and valid_name(entry.name)
-    )
+    return sorted(path.name for path in STATE.iterdir() if path.is_dir() and valid_name(path.name))
 
 
 def free_index(lab: str, taken: set[int]) -> int:
-    """The /24 for a new lab: 0 belongs to the lab called ``lab``, the others get the lowest free number.
+    """The /24 for a new lab: the lab ``lab`` gets 0 if it is free, others the lowest from 1 on.
 
     Raises LabError when 10.77.0.0/16 is used up.
     """
     for index in range(0 if lab == "lab" else 1, 255):
         if index not in taken:
             return index
-    raise LabError("no free 10.77.K.0/24 is left; see: python3 -m lab status")
+    raise LabError("no 10.77.K.0/24 is free; end a lab: python3 -m lab status")
 
 
 @contextmanager
-def locked(name: str, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of this name. The kernel drops it with the process, so a crash leaves none behind.
+def locked(name: str) -> Iterator[None]:
+    """Hold the lock of this name. The kernel drops it with the process: a crash leaves none behind.
 
-    Raises LabError when ``wait`` is false and someone else holds it.
+    Locks of a lab have its name, others start with a hyphen, as no lab does.
     """
-    locks = (
-        STATE / ".locks"
-    )  # outside the labs' directories: a lock file must outlive what it guards
+    locks = STATE / ".locks"  # not in a lab's directory: a lock must outlive what it guards
     locks.mkdir(parents=True, exist_ok=True)
     with (locks / name).open("w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LabError(
-                f"another lab command is at work on {name}; wait for it and try again"
-            ) from None
+            print(f"lab: waiting for another lab command ({name})", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file so that a reader sees the old or the new text, never a part of it."""
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old or the new text, never a part of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(text)
-    temporary.chmod(mode)  # past the umask
+    temporary.write_text(text)
     temporary.replace(path)
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine booted; None when there is no such process."""
+    """When a process started, in clock ticks since the machine's boot; None when it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -201,7 +204,10 @@ def start_time(pid: int) -> int | None:
 
 
 def read_pid(path: Path) -> int | None:
-    """The live process a pid file ("PID STARTTIME") names; None when it ended, even if its number was given to another."""
+    """The live process that a file ("PID STARTTIME") names.
+
+    None when it ended, also if its number now belongs to another: that one is not ours to signal.
+    """
     try:
         pid, started = (int(word) for word in path.read_text().split())
     except (FileNotFoundError, ValueError):

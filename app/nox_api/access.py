@@ -13,8 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _log = logging.getLogger("nox.access")
 _NOTES = "nox.notes"
 _MAX_PATH = 512
-CLIENT_GONE = 499
-"""Logged as the status of a request whose client left before its answer; never sent."""
 
 
 def note(scope: Scope, **fields: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 
 from nox_api import __version__, files, health, problem, runs
@@ -32,8 +34,21 @@ def create_app(settings: FrontSettings, runner: RunnerClient) -> FastAPI:
     for module in (health, runs, files):
         app.include_router(module.router)
     problem.install(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
     app.add_middleware(BearerAuth, token=lambda: state.settings.token)
     app.add_middleware(BodyLimit, limit=lambda: state.settings.max_body)
     app.add_middleware(AccessLog)
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document that FastAPI derives, and what it cannot know."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        components = document["components"]
+        components["schemas"].update(problem.schemas())
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"bearer": []}]
+        document["paths"]["/health"]["get"]["security"] = [{}, {"bearer": []}]
+    return app.openapi_schema or {}

@@ -69,7 +69,7 @@ router = APIRouter(tags=["files"], responses=responses(401, 403, 422, 503))
 @router.post(
     "/put",
     status_code=201,
-    responses=responses(400, 409, 413, 507),
+    responses=responses(409, 413, 507),
     openapi_extra=_FORM,
     summary="Store a file",
 )

@@ -10,8 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+CLIENT_GONE = 499
+"""Logged as the status of a request whose client left before its answer; never seen by one."""
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -84,14 +87,19 @@ def install(app: FastAPI) -> None:
     """Make every error of `app` a problem: those of routing and validation too."""
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _on_disconnect(request, error)
+    if error.status_code == 400:
+        # FastAPI's and Starlette's own, for a body that cannot be parsed.
+        error = invalid("body", "cannot be parsed")
     extra = error.extra if isinstance(error, ProblemError) else None
-    detail = error.detail if error.status_code != 404 or extra is not None else "No such resource"
-    return response(error.status_code, detail, request.url.path, error.headers, extra)
+    return response(error.status_code, error.detail, request.scope["path"], error.headers, extra)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -105,16 +113,26 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
         for found in error.errors()
     ]
     detail = "; ".join(f"{found['field']}: {found['reason']}" for found in errors[:5])
-    return response(422, detail, request.url.path, extra={"errors": errors})
+    return response(422, detail, request.scope["path"], extra={"errors": errors})
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return response(CLIENT_GONE, "The client left", request.scope["path"])
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     # It is raised again after this, for the server to log it with its traceback.
-    return response(500, "An error inside Nox; its log has more", request.url.path)
+    return response(500, "An error inside Nox; its log has more", request.scope["path"])
 
 
 def _printable(part: object) -> str:
     return str(part).encode("utf-8", "replace").decode("utf-8")
+
+
+def schemas() -> dict[str, Any]:
+    """The schemas that `responses` refers to, for OpenAPI's components."""
+    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), "Problem": schema}
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import uuid
 from collections.abc import Awaitable
@@ -11,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
 from nox_api import access, state
 from nox_api.failures import as_problems
@@ -195,12 +195,11 @@ async def _while_connected(request: Request, work: Awaitable[Result]) -> Result:
         if working.done():
             return working.result()
         access.note(request.scope, run_status="cancelled")
-        raise ProblemError(access.CLIENT_GONE, "The client left")
+        raise ClientDisconnect
     finally:
-        for task in (working, leaving):
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                await task
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

@@ -9,7 +9,7 @@ import resource
 import socket
 import sys
 
-from nox_runner import __version__, orphans, settings, systemd
+from nox_runner import __version__, listing, orphans, settings, systemd
 from nox_runner.bubblewrap import Bubblewrap
 from nox_runner.command import Command
 from nox_runner.log import log, set_level
@@ -42,6 +42,8 @@ def main() -> int:
     _raise_open_files()
     os.umask(0o022)
     service = Service(current, Bubblewrap(Command(arguments.bwrap)))
+    if removed := listing.remove_leftovers(current.sandbox):
+        log("info", "leftovers_removed", uploads=removed)
     service.proof.able()
 
     def reload() -> None:

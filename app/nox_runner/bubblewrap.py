@@ -7,11 +7,13 @@ import platform
 import socket
 import subprocess
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
 from nox_runner.limits import Limits
 from nox_runner.supervision import Supervision
+from nox_runner.tmpfs import MAX_FILES, Watch
 
 
 class Bubblewrap:
@@ -21,11 +23,15 @@ class Bubblewrap:
 
     def __init__(self, command: Command) -> None:
         self._command = command
+        self._watch = Watch()
 
     def run(
         self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
     ) -> Outcome:
         """See Backend.run."""
+        # bubblewrap copies the program's text to a file under the same limit.
+        text_size = os.fstat(program.source).st_size
+        limits = replace(limits, file_size=max(limits.file_size, text_size))
         with ExitStack() as inherited:
             gate_read, gate = os.pipe()
             inherited.callback(os.close, gate_read)
@@ -58,6 +64,7 @@ class Bubblewrap:
                 status=status,
                 stdin=program.stdin or b"",
                 limits=limits,
+                watch=self._watch,
                 client=client,
             )
         # Here this side has closed what bubblewrap inherited, so that each pipe has an end.
@@ -79,8 +86,14 @@ class Bubblewrap:
             "system_files": "read-only, own mount namespace",
             "capabilities": "none",
         }
+        each = "each for /tmp and /dev/shm"
+        watched = "watched: a run that has more is killed"
         if self._command.sizes_tmpfs:
-            enforced["tmp_size"] = f"{limits.tmp_size} bytes each for /tmp and /dev/shm"
+            enforced["tmp_size"] = f"{limits.tmp_size} bytes {each}"
+        elif not self._watch.blind:
+            enforced["tmp_size"] = f"{limits.tmp_size} bytes {each}, {watched}"
+        if not self._watch.blind:
+            enforced["tmp_files"] = f"{MAX_FILES} {each}, {watched}"
         return enforced
 
     def not_enforced(self, limits: Limits) -> dict[str, str]:
@@ -89,15 +102,13 @@ class Bubblewrap:
             "memory_per_run": "no control group: each process has its own limit",
             "cpu_share": "no control group",
             "sandbox_size": "no quota is set on the sandbox",
-            "tmp_files": "bubblewrap cannot limit the number of files in a tmpfs",
             "system_calls": "no seccomp filter",
         }
-        if not self._command.sizes_tmpfs:
-            version = ".".join(map(str, self._command.version))
-            missing["tmp_size"] = (
-                f"bubblewrap {version} has no --size: /tmp and /dev/shm may each take half of the"
-                " host's memory while a run lasts; only the size of each file is limited"
-            )
+        if self._watch.blind:
+            missing["tmp_files"] = self._watch.blind
+            if not self._command.sizes_tmpfs:
+                version = ".".join(map(str, self._command.version))
+                missing["tmp_size"] = f"bubblewrap {version} has no --size; {self._watch.blind}"
         if _kernel() < (5, 14):
             missing["processes_per_run"] = (
                 "before Linux 5.14 the limit on processes counts all runs together"

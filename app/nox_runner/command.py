@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from nox_runner import bootstrap
+from nox_runner import bootstrap, tmpfs
 from nox_runner.backend import Program
 from nox_runner.limits import Limits
 
@@ -39,9 +39,12 @@ class Command:
     @cached_property
     def version(self) -> tuple[int, ...]:
         """Such as (0, 6, 1)."""
-        told = subprocess.run(
-            [self.path, "--version"], capture_output=True, env={}, timeout=10, text=True
-        ).stdout
+        try:
+            told = subprocess.run(
+                [self.path, "--version"], capture_output=True, env={}, timeout=10, text=True
+            ).stdout
+        except subprocess.SubprocessError as error:
+            raise OSError(f"{self.path} --version does not answer") from error
         match = re.search(r"(\d+)\.(\d+)\.(\d+)", told)
         if not match:
             raise OSError(f"{self.path} --version says {told!r}")
@@ -49,7 +52,7 @@ class Command:
 
     @property
     def sizes_tmpfs(self) -> bool:
-        """Whether there is --size; without it a tmpfs holds up to half of the memory."""
+        """Whether there is --size; without it a tmpfs by itself holds up to half of the memory."""
         return self.version >= (0, 7, 0)
 
     def argv(self, arguments: int, program: Program) -> list[str]:
@@ -90,7 +93,7 @@ class Command:
         options += ["--proc", "/proc", "--dev", "/dev"]
         for path in ("/etc", "/run", "/var"):
             options += _directory(path)
-        for path in ("/tmp", "/dev/shm"):
+        for path in tmpfs.PATHS:
             options += self._tmpfs(path, limits.tmp_size)
         # Bounded together with /tmp.
         options += ["--symlink", "/tmp", "/var/tmp"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nox_runner.settings import Settings
@@ -67,3 +68,7 @@ def apply(pid: int, limits: Limits) -> None:
         _, hard = resource.getrlimit(which)
         ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.prlimit(pid, which, (ceiling, ceiling))
+    # Where the host runs out of memory, runs should die before the services. Only a hint: a run
+    # may take it back.
+    with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write("1000")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nox_runner import paths
@@ -60,6 +61,26 @@ def take(sandbox: str) -> Listing:
                 raise  # the sandbox itself
             truncated = True  # gone, replaced by a link, or closed to us in the meantime
     return Listing(sorted(files, key=_path), versions, truncated)
+
+
+def remove_leftovers(sandbox: str) -> int:
+    """Remove what uploads left that a crash cut off, in the first MAX_EXAMINED entries; how many.
+
+    For the start, when no upload can be under way.
+    """
+    removed = examined = 0
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting and examined < MAX_EXAMINED:
+        directory = waiting.pop()
+        with suppress(Failure, OSError), opened(sandbox, directory) as descriptor:
+            for entry in os.scandir(descriptor):
+                examined += 1
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((*directory, entry.name))
+                elif entry.name.startswith(paths.TEMPORARY_PREFIX):
+                    os.unlink(entry.name, dir_fd=descriptor)
+                    removed += 1
+    return removed
 
 
 def changed(before: Listing, after: Listing, limit: int) -> list[File]:

@@ -55,6 +55,8 @@ class Service:
         except ProtocolError as error:
             log("warning", "protocol_error", reason=str(error))
             _tell(connection, Failure("protocol", str(error)))
+        except (ConnectionError, TimeoutError) as error:
+            log("debug", "peer_gone", reason=str(error))
         except OSError as error:
             log("error", "operation_failed", reason=str(error))
             _tell(connection, Failure("internal", "the runner lacks a resource; see its log"))
@@ -80,6 +82,9 @@ class Service:
     def _health(self) -> protocol.HealthReply:
         able = self.proof.able()
         limits = Limits.of(self.settings, self.settings.timeout)
+        # A backend that does not work cannot tell what it enforces.
+        enforced = self.backend.enforced(limits) if able else {}
+        not_enforced = self.backend.not_enforced(limits) if able else {}
         return protocol.HealthReply(
             able=able and not self.stopping,
             reason="the runner is stopping" if self.stopping else self.proof.reason,
@@ -87,8 +92,8 @@ class Service:
             version=__version__,
             slots_used=self.slots.used,
             slots_total=self.settings.slots,
-            enforced=self.backend.enforced(limits),
-            not_enforced=self.backend.not_enforced(limits),
+            enforced=enforced,
+            not_enforced=not_enforced,
         )
 
     def _run(self, request: protocol.Run, connection: socket.socket) -> None:
@@ -130,6 +135,10 @@ class Service:
             after = round((time.monotonic() - started) * 1000)
             log("info", "run_cancelled", run_id=program.run_id, after_ms=after)
             raise
+        except OSError as error:
+            self.proof.doubt()
+            log("error", "sandbox_error", run_id=program.run_id, reason=str(error))
+            raise Failure("unable", "the sandbox could not be started") from None
         if outcome.status == "sandbox_error":
             self.proof.doubt()
             told = outcome.stderr.decode("utf-8", "replace")

@@ -15,6 +15,8 @@ from nox_runner.settings import Settings
 
 _RETRY_SECONDS = 3.0
 _TIMEOUT = 10.0
+# Long enough for the watch over temporary files to have looked once.
+_PROGRAM = b"echo able >/tmp/proof; sleep 0.1; exec /bin/cat /tmp/proof"
 _EXPECTED = b"able\n"
 
 
@@ -26,17 +28,18 @@ class Proof:
         self._settings = settings
         self._lock = threading.Lock()
         self._tried = float("-inf")
+        self._doubted = False
         self.reason = "not tried yet"
         """Why the sandbox does not work; empty if it does."""
 
     def doubt(self) -> None:
-        """A run could not be started: the next question is answered by a new proof."""
-        with self._lock:
-            self.reason = self.reason or "a run could not be started"
+        """A run could not be started: look again soon. Until then it counts as a single case."""
+        self._doubted = True
 
     def able(self) -> bool:
-        """Whether the sandbox works. After a failure it is tried again, every 3 s at most."""
-        if self.reason and self._lock.acquire(blocking=False):
+        """Whether the sandbox works. After a failure or doubt it is tried, every 3 s at most."""
+        in_question = bool(self.reason) or self._doubted
+        if in_question and self._lock.acquire(blocking=False):
             try:
                 if time.monotonic() - self._tried >= _RETRY_SECONDS:
                     self._prove()
@@ -45,6 +48,7 @@ class Proof:
         return not self.reason
 
     def _prove(self) -> None:
+        self._doubted = False
         before = self.reason
         try:
             outcome = self._run()
@@ -61,7 +65,7 @@ class Proof:
 
     def _run(self) -> Outcome:
         settings = self._settings()
-        source = memory_file("proof", b"echo able >/tmp/proof; exec /bin/cat /tmp/proof")
+        source = memory_file("proof", _PROGRAM)
         try:
             program = Program("proof", "sh", source, None, [], {})
             limits = Limits.of(settings, max(settings.timeout, _TIMEOUT))

@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from typing import IO
 
 from nox_runner import limits as resource_limits
-from nox_runner import orphans, usage
+from nox_runner import orphans, tmpfs, usage
 from nox_runner.backend import ClientGoneError, Outcome
 from nox_runner.limits import Limits
 from nox_runner.protocol import Status
+from nox_runner.tmpfs import Watch
 
 _SETUP_SECONDS = 10.0
 _KILL_SECONDS = 10.0
@@ -73,10 +74,12 @@ class Supervision:
         status: int,
         stdin: bytes,
         limits: Limits,
+        watch: Watch,
         client: socket.socket | None,
     ) -> None:
         self._bwrap = bwrap
         self._limits = limits
+        self._watch = watch
         self._client = client
         self._gate: int | None = gate
         self._status = status
@@ -91,6 +94,7 @@ class Supervision:
         self._started = time.monotonic()
         self._finished = self._started
         self._deadline = self._started + _SETUP_SECONDS
+        self._next_look = self._started + tmpfs.INTERVAL
         self._stdin = memoryview(stdin)
         assert bwrap.stdout is not None and bwrap.stderr is not None
         self._stdout = _Stream(bwrap.stdout, limits.output)
@@ -101,15 +105,17 @@ class Supervision:
 
     def run(self) -> Outcome:
         """Watch until the end; ClientGoneError if the client left before."""
-        self._watch_all()
+        self._register_all()
         while not self._ended:
-            events = self._selector.select(max(0.0, self._deadline - time.monotonic()))
+            events = self._selector.select(self._patience())
             for key, _ in events:
                 handle: Callable[[], None] = key.data
                 handle()
-            if time.monotonic() >= self._deadline and not self._ended:
-                self._expire()
+            if not self._ended:
+                self._look()
         self._finished = time.monotonic()
+        if self._status in self._selector.get_map():
+            self._on_status()  # what bubblewrap told at the very last
         self._bury()
         self._drain()
         if self._client_gone:
@@ -130,28 +136,34 @@ class Supervision:
                 os.close(descriptor)
         self._closing.close()
 
-    def _watch_all(self) -> None:
+    def _register_all(self) -> None:
         self._selector = self._closing.enter_context(selectors.DefaultSelector())
         ended = os.pidfd_open(self._bwrap.pid)
         self._closing.callback(os.close, ended)
-        self._watch(ended, self._on_ended)
-        self._watch(self._status, self._on_status)
-        self._watch(self._stdout.pipe, lambda: self._on_output(self._stdout))
-        self._watch(self._stderr.pipe, lambda: self._on_output(self._stderr))
+        self._register(ended, self._on_ended)
+        os.set_blocking(self._status, False)
+        self._register(self._status, self._on_status)
+        self._register(self._stdout.pipe, lambda: self._on_output(self._stdout))
+        self._register(self._stderr.pipe, lambda: self._on_output(self._stderr))
         if self._bwrap.stdin is not None:
             os.set_blocking(self._bwrap.stdin.fileno(), False)
             self._selector.register(self._bwrap.stdin, selectors.EVENT_WRITE, self._on_stdin)
         if self._client is not None:
-            self._watch(self._client, self._on_client)
+            self._register(self._client, self._on_client)
 
-    def _watch(self, source: int | IO[bytes] | socket.socket, handle: Callable[[], None]) -> None:
+    def _register(
+        self, source: int | IO[bytes] | socket.socket, handle: Callable[[], None]
+    ) -> None:
         self._selector.register(source, selectors.EVENT_READ, handle)
 
     def _on_ended(self) -> None:
         self._ended = True
 
     def _on_status(self) -> None:
-        data = os.read(self._status, _CHUNK)
+        try:
+            data = os.read(self._status, _CHUNK)
+        except BlockingIOError:
+            return
         if not data:
             self._selector.unregister(self._status)
             return
@@ -164,23 +176,32 @@ class Supervision:
         if "exit-code" in report:
             self._exit_code = report["exit-code"]
         elif "child-pid" in report:
-            self._init = report["child-pid"]
             with contextlib.suppress(ProcessLookupError):  # set-up failed meanwhile
-                self._init_handle = os.pidfd_open(self._init)
-                self._open_gate()
+                self._take_init(report["child-pid"])
+
+    def _take_init(self, pid: int) -> None:
+        handle = os.pidfd_open(pid)
+        # The number may be another process's by now. It is not if its parent is bubblewrap, not
+        # reaped yet, or this process, which adopts what bubblewrap leaves.
+        if usage.parent(pid) not in (self._bwrap.pid, os.getpid()):
+            os.close(handle)
+            return
+        self._init, self._init_handle = pid, handle
+        self._open_gate()
 
     def _open_gate(self) -> None:
         assert self._init is not None and self._init_handle is not None and self._gate is not None
         if self._verdict is not None:
             _kill(self._init_handle)
             return
-        # Between the clone into the run's own user namespace and the program's exec: early
-        # enough for every process of the program, late enough to count only those.
+        # Its init is in the run's own user namespace since its clone, so no other run's processes
+        # count, and bubblewrap lets no program begin before the gate is open.
         resource_limits.apply(self._init, self._limits)
         os.close(self._gate)
         self._gate = None
         self._started = time.monotonic()
         self._deadline = self._started + self._limits.timeout
+        self._next_look = self._started + tmpfs.INTERVAL
 
     def _on_output(self, stream: _Stream) -> None:
         try:
@@ -217,7 +238,24 @@ class Supervision:
         # At its end; or it speaks out of turn, which is no better.
         self._selector.unregister(self._client)
         self._client_gone = True
-        self._kill("sandbox_error")
+        self._kill("sandbox_error")  # a verdict that nobody will hear
+
+    def _patience(self) -> float:
+        """Seconds until there is something to look at without an event."""
+        left = self._deadline - time.monotonic()
+        return max(0.0, min(left, tmpfs.INTERVAL) if self._is_running() else left)
+
+    def _is_running(self) -> bool:
+        return self._gate is None and self._verdict is None
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now >= self._deadline:
+            self._expire()
+        elif self._is_running() and now >= self._next_look:
+            self._next_look = now + tmpfs.INTERVAL
+            if self._init and self._watch.exceeded(self._init, self._limits.tmp_size):
+                self._kill("memory_limit")
 
     def _expire(self) -> None:
         if self._verdict is not None or self._gate is not None:
@@ -261,12 +299,6 @@ class Supervision:
             with contextlib.suppress(BlockingIOError):
                 while not stream.truncated and stream.read():
                     pass
-        os.set_blocking(self._status, False)
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._status, _CHUNK):
-                self._told += data
-        for line in self._told.splitlines():
-            self._on_report(json.loads(line))
 
     def _outcome(self) -> Outcome:
         told, exit_code, died_of = self._exit_code, None, None

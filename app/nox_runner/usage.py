@@ -37,10 +37,21 @@ def sample(init: int) -> Usage:
     return Usage(ticks * 1000 // _TICKS_PER_SECOND, peak)
 
 
+def parent(pid: int) -> int:
+    """The parent of the process `pid`; ProcessLookupError if there is no such process."""
+    try:
+        return int(_stat(pid)[1])
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+
+
 def _ticks(pid: int) -> int:
-    # The command's name, in parentheses, may hold anything; the numbers follow the last one.
-    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    return sum(int(field) for field in fields[11:15])  # utime, stime, cutime, cstime
+    return sum(int(field) for field in _stat(pid)[11:15])  # utime, stime, cutime, cstime
+
+
+def _stat(pid: int) -> list[bytes]:
+    # The command's name, in parentheses, may hold anything; the other fields follow the last one.
+    return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
 
 
 def _peak(pid: int) -> int:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 
+import hypothesis.configuration
 import pytest
 from service import Service, why_not
+
+# A checkout stays as it was.
+hypothesis.settings.register_profile("clean", database=None)
+hypothesis.settings.load_profile("clean")
+hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())
 
 
 @pytest.fixture(scope="session")

@@ -109,17 +109,18 @@ class Service:
                 shutil.chown(path, USER)
             path.chmod(0o600)
 
-    def start(self) -> Service:
-        self.start_runner()
+    def start(self, *runner_options: str) -> Service:
+        self.start_runner(*runner_options)
         self.start_front()
         return self
 
-    def start_runner(self) -> None:
+    def start_runner(self, *options: str) -> None:
+        before = self.runner_log().count('"ready"')
         self.runner = self._spawn(
             "nox_runner", "--settings", str(self.runner_settings), "--socket", str(self.socket),
-            "--client-user", "self",
+            "--client-user", "self", *options,
         )  # fmt: skip
-        wait_for(lambda: '"ready"' in self.runner_log(), "the runner")
+        wait_for(lambda: self.runner_log().count('"ready"') > before, "the runner")
 
     def start_front(self) -> None:
         self.front = self._spawn(

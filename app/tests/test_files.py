@@ -146,15 +146,13 @@ def test_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_deep_tree_is_listed_and_told_truncated(tmp_path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        for _ in range(1000):
-            os.mkdir("d")
-            os.chdir("d")
-    finally:
-        os.chdir(here)
+    depth = 600
+    for count in range(1, depth):
+        (tmp_path / "/".join(["d"] * count)).mkdir()
     assert listing.take(str(tmp_path)).truncated
+    # pytest's own clean-up would recurse too deep.
+    for count in range(depth - 1, 0, -1):
+        (tmp_path / "/".join(["d"] * count)).rmdir()
 
 
 def test_changed(tmp_path: Path) -> None:
@@ -168,3 +166,13 @@ def test_changed(tmp_path: Path) -> None:
     after = listing.take(str(tmp_path))
     assert [file.path for file in listing.changed(before, after, 10)] == ["made", "rewritten"]
     assert len(listing.changed(before, after, 1)) == 1
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "out").symlink_to("/")
+    for name in (".nox-put-1", "d/.nox-put-2", "d/kept"):
+        (tmp_path / name).write_text("x")
+    assert listing.remove_leftovers(str(tmp_path)) == 2
+    assert os.listdir(tmp_path / "d") == ["kept"]
+    assert listing.remove_leftovers(str(tmp_path / "absent")) == 0

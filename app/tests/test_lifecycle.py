@@ -145,7 +145,6 @@ def test_rotation_loses_no_line(own: Make) -> None:
                 log = nox.logs / "nox-api.log"
                 log.rename(nox.logs / f"nox-api.log.{number}")
             ids.append(client.get("/health").headers["x-request-id"])
-    nox.stop_front = None  # type: ignore[attr-defined]
 
     def logged() -> set[str]:
         lines = [
@@ -272,3 +271,27 @@ def test_the_app_is_there_for_uvicorn(own: Make) -> None:
 
 def test_health_is_the_protocols(own: Make) -> None:
     assert protocol.encode_request(protocol.Health())[4:] == b'{"v":1,"op":"health"}'
+
+
+def test_a_bubblewrap_that_is_missing_and_then_there(own: Make) -> None:
+    nox = own()
+    path = nox.root / "bwrap"
+    nox.start("--bwrap", str(path))
+    with nox.client() as client:
+        answer = client.get("/health")
+        assert answer.status_code == 503 and str(path) in answer.json()["detail"]
+        path.symlink_to("/usr/bin/bwrap")
+        wait_for(lambda: client.get("/health").status_code == 200, "health", 8)
+
+
+def test_a_client_that_leaves_a_download(own: Make) -> None:
+    nox = own().start()
+    nox.python("open('large', 'wb').write(bytes(60 << 20))")
+    with nox.client() as client:
+        with client.stream("GET", "/files/large") as answer:
+            assert int(answer.headers["content-length"]) == 60 << 20
+            next(answer.iter_bytes())
+        assert client.get("/health").status_code == 200
+    wait_for(lambda: '"path": "/files/large"' in nox.front_log(), "the end of the download")
+    assert (nox.logs / "error.log").read_text() == ""
+    assert '"error"' not in nox.runner_log()

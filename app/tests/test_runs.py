@@ -85,14 +85,16 @@ def test_exit_codes_beside_those_of_signals(nox: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/run_py", "/run_sh"])
 def test_timeout(nox: Service, path: str) -> None:
-    source = {"/run_py": {"code": "print('early')\nwhile True: pass"},
-              "/run_sh": {"cmd": "trap '' TERM INT HUP; echo early; while :; do :; done"}}[path]  # fmt: skip
+    source = {
+        "/run_py": {"code": "print('early')\nwhile True: pass"},
+        "/run_sh": {"cmd": "trap '' TERM INT HUP; echo early; while :; do :; done"},
+    }[path]
     started = time.monotonic()
     result = nox.post(path, timeout=0.6, **source)
     assert time.monotonic() - started < 1.6
     assert (result["status"], result["exit_code"], result["signal"]) == ("timeout", None, None)
     assert result["stdout"] == "early\n"
-    assert result["cpu_ms"] > 150 and result["max_rss_bytes"] > 0
+    assert result["cpu_ms"] >= 20 and result["max_rss_bytes"] > 0
 
 
 def test_timeout_while_asleep(nox: Service) -> None:

@@ -42,7 +42,7 @@ def test_syntax() -> None:
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_their_place(line: str) -> None:
-    with pytest.raises(SettingsError, match="^F:2: "):
+    with pytest.raises(SettingsError, match=r"^F:2: "):
         build(f"# first\n{line}\n")
 
 

@@ -21,7 +21,7 @@ options:
     required: true
   state:
     description:
-      - V(started) starts what is not active. V(restarted) and V(reloaded) always act (for handlers).
+      - V(started) starts what is not active. V(restarted) always acts, V(reloaded) acts on what is active (for handlers).
       - V(stopped) also disables.
     type: str
     choices: [started, restarted, reloaded, stopped]
@@ -126,7 +126,8 @@ def main() -> None:
                 fail(module, names, f"systemctl {' '.join(action)}: {err.strip()}")
         if actions and state != "stopped":
             after = show(module, names)
-            down = [n for n in names if after[n]["ActiveState"] != "active"]
+            wanted = names if state != "reloaded" else [n for n in names if units[n]["ActiveState"] == "active"]
+            down = [n for n in wanted if after[n]["ActiveState"] != "active"]
             if down:
                 fail(module, down, f"{' '.join(down)} did not come up")
     result: dict[str, Any] = {

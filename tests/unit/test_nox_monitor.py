@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,13 +331,21 @@ def test_ctrl_c_ends_it_well() -> None:
         assert process.stderr.read() == ""
 
 
-def test_ticks_come_at_even_distances(tmp_path: Path) -> None:
-    watching = monitor.Monitor(monitor.Host(tmp_path), 0.1)
+def test_ticks_come_at_even_distances_however_slow_the_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
     times: list[float] = []
 
-    def show(tick: object) -> None:
-        times.append(time.monotonic())
-        time.sleep(0.04)  # a slow terminal
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
 
-    monitor.watch(watching, 3, show)
-    assert 0.18 < times[2] - times[0] < 0.26
+    def show(_: object) -> None:
+        times.append(clock[0])
+        clock[0] += 4 if len(times) < 3 else 25
+
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monitor.watch(SimpleNamespace(seconds=10, tick=lambda: None), 5, show)
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    # One that took longer than the distance delays the next, and is not made up for.
+    assert steps == pytest.approx([10, 10, 25, 25])

@@ -1,0 +1,132 @@
+"""What the modules decide to do, without a host: units, firewall, pruning, names, sizes, keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
+from ansible_collections.nox.platform.plugins.filter.names import alt_name, url_host
+from ansible_collections.nox.platform.plugins.modules import nox_apt_key, nox_firewall, nox_host, nox_release, nox_units
+
+
+def unit(load: str = "loaded", active: str = "active", file: str = "enabled", reload: str = "no") -> dict[str, str]:
+    return {"LoadState": load, "ActiveState": active, "UnitFileState": file, "NeedDaemonReload": reload}
+
+
+class TestUnits:
+    def test_nothing_to_do(self) -> None:
+        assert nox_units.plan({"a.service": unit()}, "started") == []
+
+    def test_a_host_without_the_unit(self) -> None:
+        assert nox_units.plan({"a.service": unit("not-found", "inactive", "")}, "started") == [
+            ["daemon-reload"],
+            ["enable", "a.service"],
+            ["start", "a.service"],
+        ]
+
+    def test_masked_and_failed_units_come_back(self) -> None:
+        units = {"a.service": unit("masked", "failed", "masked"), "b.service": unit()}
+        assert nox_units.plan(units, "started") == [
+            ["unmask", "a.service"],
+            ["daemon-reload"],
+            ["enable", "a.service"],
+            ["reset-failed", "a.service"],
+            ["start", "a.service"],
+        ]
+
+    def test_stopping_what_is_not_there_is_nothing(self) -> None:
+        assert nox_units.plan({"a.service": unit("not-found", "inactive", "")}, "stopped") == []
+
+    def test_a_reload_starts_nothing_that_is_down(self) -> None:
+        assert nox_units.plan({"a.service": unit(active="inactive")}, "reloaded") == []
+
+
+class TestFirewall:
+    def test_openings_come_before_the_lock(self) -> None:
+        assert nox_firewall.plan([], [2222, 80], "accept", False, False) == [
+            ["allow", "2222/tcp"],
+            ["allow", "80/tcp"],
+            ["default", "deny", "incoming"],
+            ["--force", "enable"],
+        ]
+
+    @pytest.mark.parametrize("rule", ["allow 22/tcp", "allow 22", "limit 22/tcp", "allow in 22/tcp comment 'mine'"])
+    def test_an_operators_own_rule_counts(self, rule: str) -> None:
+        assert nox_firewall.plan([rule], [22], "drop", True, True) == []
+
+    @pytest.mark.parametrize("rule", ["deny 22/tcp", "allow from 10.0.0.0/8 to any port 22", "allow 2222/tcp", "allow 22/udp"])
+    def test_a_rule_that_opens_less_does_not(self, rule: str) -> None:
+        assert nox_firewall.plan([rule], [22], "drop", True, True) == [["allow", "22/tcp"]]
+
+    def test_rules_that_the_kernel_lost_are_loaded_again(self) -> None:
+        assert nox_firewall.plan(["allow 22/tcp"], [22], "drop", True, False) == [["reload"]]
+
+
+class TestPruning:
+    def entries(self, *names: str, healthy: tuple[str, ...] = ()) -> list[dict[str, str]]:
+        return [{"release": name, "healthy": "yes" if name in healthy else ""} for name in names]
+
+    def test_the_last_healthy_release_stays_however_old(self) -> None:
+        entries = self.entries("a", "b", "c", "d", healthy=("a",))
+        assert nox_release.prunable(entries, ["a", "b", "c", "d"], "d", keep=2) == ["c", "b"]
+
+    def test_order_is_the_records_not_the_names(self) -> None:
+        entries = self.entries("z", "a", "m")
+        assert nox_release.prunable(entries, ["a", "m", "z"], "m", keep=2) == ["z"]
+
+    def test_unrecorded_releases_go_first(self) -> None:
+        entries = self.entries("b", "c")
+        assert nox_release.prunable(entries, ["a", "b", "c"], "c", keep=2) == ["a"]
+
+
+def test_kernel_addresses() -> None:
+    assert nox_host._address("0100007F:1F90") == ("127.0.0.1", 8080)
+    assert nox_host._address("00000000000000000000000001000000:0016") == ("::1", 22)
+
+
+def test_loopback_listeners_of_sshd_are_forwardings() -> None:
+    def one(port: int, address: str, process: str, name: str) -> dict[str, object]:
+        return {"port": port, "address": address, "process": process, "unit": name}
+
+    listening = [
+        one(2222, "0.0.0.0", "sshd", "ssh.service"),
+        one(6010, "127.0.0.1", "sshd", "session-1.scope"),
+        one(80, "0.0.0.0", "caddy", "caddy.service"),
+    ]
+    ports = nox_host.ssh_ports(listening)
+    assert 2222 in ports
+    assert not {6010, 80} & set(ports)
+
+
+def test_sizes() -> None:
+    assert (to_bytes("16M"), to_bytes("1k"), to_bytes(5), to_bytes("2G")) == (16777216, 1024, 5, 2147483648)
+    with pytest.raises(ValueError):
+        to_bytes("much")
+
+
+def test_names() -> None:
+    assert [url_host(name) for name in ("::1", "10.0.0.1", "x.org")] == ["[::1]", "10.0.0.1", "x.org"]
+    assert [alt_name(name) for name in ("::1", "10.0.0.1", "x.org")] == ["IP:::1", "IP:10.0.0.1", "DNS:x.org"]
+
+
+class TestAptKey:
+    PINNED = "65760C51EDEA2017CEA2CA15155B6D79CA56EA34"
+
+    def test_only_the_pinned_key(self) -> None:
+        assert nox_apt_key.problem([self.PINNED], 0, self.PINNED) == ""
+        assert "pinned" in nox_apt_key.problem(["F" * 40], 0, self.PINNED)
+        assert "pinned" in nox_apt_key.problem([self.PINNED, "F" * 40], 0, self.PINNED)
+        assert "pinned" in nox_apt_key.problem([], None, self.PINNED)
+
+    def test_only_one_that_can_still_sign(self) -> None:
+        assert "expired" in nox_apt_key.problem([self.PINNED], 1766956560, self.PINNED)
+        assert "expired" in nox_apt_key.problem([self.PINNED], None, self.PINNED)
+
+
+def test_release_problems_are_named(tmp_path: Path) -> None:
+    assert "RELEASE.json" in nox_release.release_problem(tmp_path)
+    (tmp_path / "RELEASE.json").write_text('{"files": {"a": "-> b", "c": "00"}}')
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "c").write_text("changed")
+    assert nox_release.release_problem(tmp_path) == "c is missing or changed"
