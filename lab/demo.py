@@ -52,8 +52,7 @@ for region, group in sorted(by_region.items()):
     print(f"{region:8} {len(group):8} {errors / len(group):7.1%} {statistics.median(times):7.1f} {p95:7.1f} {size:7.1f}")
 """
 PIPELINE = (
-    "cut -d, -f3,5 demo/requests.csv | tail -n +2 | grep ',5' | cut -d, -f1 "
-    "| sort | uniq -c | sort -rn | head -5"
+    "cut -d, -f3,5 demo/requests.csv | tail -n +2 | grep ',5' | cut -d, -f1 | sort | uniq -c | sort -rn | head -5"
 )
 
 
@@ -151,9 +150,7 @@ def install_on_lab_host() -> Service:
 
 
 def start_on_loopback(reason: str) -> Service:
-    say(
-        f"This machine can't host containers ({reason}); front and runner start on loopback instead."
-    )
+    say(f"This machine can't host containers ({reason}); front and runner start on loopback instead.")
     STATE.mkdir(parents=True, exist_ok=True)
     STATE.chmod(0o700)
     settings = STATE / "settings"
@@ -161,9 +158,7 @@ def start_on_loopback(reason: str) -> Service:
         sandbox = STATE / "sandbox"
         sandbox.mkdir(exist_ok=True)
         settings.touch(mode=0o600)
-        settings.write_text(
-            f"NOX_API_TOKEN={secrets.token_hex(32)}\nNOX_PORT={PORT}\nNOX_SANDBOX={sandbox}\n"
-        )
+        settings.write_text(f"NOX_API_TOKEN={secrets.token_hex(32)}\nNOX_PORT={PORT}\nNOX_SANDBOX={sandbox}\n")
     token = settings.read_text().split("\n")[0].partition("=")[2]
     service = Service(f"http://127.0.0.1:{PORT}", token, "")
     if answers(service):
@@ -301,9 +296,7 @@ def requests_csv(rows: int = 5000) -> bytes:
 def show_work(service: Service) -> None:
     data = requests_csv()
     stored = service.put("demo/requests.csv", data)
-    say(
-        f"\n── POST /put: {stored['path']}, {stored['size']} bytes, sha256 {stored['sha256'][:16]}…"
-    )
+    say(f"\n── POST /put: {stored['path']}, {stored['size']} bytes, sha256 {stored['sha256'][:16]}…")
     result = service.run("/run_py", code=ANALYSIS)
     say(f"\n── POST /run_py: an analysis of it ({result['duration_ms']:.0f} ms)")
     say(indented(result["stdout"]))
@@ -334,9 +327,7 @@ def main(arguments: list[str]) -> int:
     except (DemoError, urllib.error.URLError, subprocess.CalledProcessError) as error:
         say(f"\ndemo failed: {error}")
         return 1
-    say(
-        f"Nox is running ({time.monotonic() - started:.0f} s). It stays until `make demo-down`. Try:"
-    )
+    say(f"Nox is running ({time.monotonic() - started:.0f} s). It stays until `make demo-down`. Try:")
     say(
         '  curl --cacert "$NOX_CA" -H "Authorization: Bearer $NOX_TOKEN" -H "Content-Type: application/json" '
         '-d \'{"code":"print(6*7)"}\' "$NOX_URL/run_py"\n'

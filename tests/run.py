@@ -54,14 +54,16 @@ def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> None:
 def ruff() -> None:
     run("ruff", "check", ".")
     run("ruff", "check", ".", cwd=ROOT / "app")
-    run("ruff", "format", "--check", "app", "lab", "roles/nox_tools/files")
+    run("ruff", "format", "--check", ".", "roles/nox_tools/files/nox-debug", "roles/nox_tools/files/nox-monitor")
+    run("ruff", "format", "--check", ".", cwd=ROOT / "app")
 
 
 def mypy() -> None:
     run("mypy", "lab", "tests/run.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
-    run("mypy", *sorted((ROOT / "plugins/modules").glob("*.py")), cwd=ROOT / ".collections")
+    modules = sorted((ROOT / "plugins/modules").glob("*.py"))
+    run("mypy", "--config-file", ROOT / "pyproject.toml", *modules, cwd=ROOT / ".collections")
 
 
 def mypy_app() -> None:
@@ -164,9 +166,7 @@ def require_package(program: str, package: str) -> None:
 
 def molecule(scenario: str) -> Callable[[], None]:
     def step() -> None:
-        check = subprocess.run(
-            [sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True
-        )
+        check = subprocess.run([sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True)
         if check.returncode != 0:
             raise CannotRunHere((check.stdout + check.stderr).strip())
         try:

@@ -8,9 +8,7 @@ import re
 LINE = re.compile(r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*$")
 
 # What people leave standing in copied examples. Compared in lower case, whole value.
-PLACEHOLDER = re.compile(
-    r"(?i)^(replace|change|example|your|insert|placeholder|<).*|^(.)\2+$"
-)
+PLACEHOLDER = re.compile(r"(?i)^(replace|change|example|your|insert|placeholder|<).*|^(.)\2+$")
 TOKEN_MIN_LENGTH = 32  # characters; DESIGN: shorter ones are refused
 
 

@@ -96,7 +96,17 @@ def dearmor(module: AnsibleModule, text: bytes, directory: Path) -> Path:
     armoured.write_bytes(text)
     if b"BEGIN PGP" in text:
         module.run_command(
-            ["gpg", "--homedir", str(directory), "--batch", "--yes", "--output", str(binary), "--dearmor", str(armoured)]
+            [
+                "gpg",
+                "--homedir",
+                str(directory),
+                "--batch",
+                "--yes",
+                "--output",
+                str(binary),
+                "--dearmor",
+                str(armoured),
+            ]
         )
         return binary
     return armoured

@@ -96,9 +96,7 @@ def closed_by_default(module: AnsibleModule) -> bool:
     return "-P INPUT DROP" in out and "ufw-before-input" in out
 
 
-def plan(
-    rules: list[str], ports: list[int], default_input: str, enabled: bool, kernel_ok: bool
-) -> list[list[str]]:
+def plan(rules: list[str], ports: list[int], default_input: str, enabled: bool, kernel_ok: bool) -> list[list[str]]:
     """UFW calls in the only safe order: openings, then the default, then the switch."""
     actions: list[list[str]] = [
         ["allow", f"{port}/tcp"] for port in ports if not any(opens(rule, port) for rule in rules)
@@ -146,9 +144,7 @@ def main() -> None:
         for action in actions:
             rc, out, err = module.run_command(["ufw", *action])
             if rc != 0:
-                module.fail_json(
-                    msg=f"ufw {' '.join(action)}: {(err or out).strip()}. See: sudo ufw status verbose"
-                )
+                module.fail_json(msg=f"ufw {' '.join(action)}: {(err or out).strip()}. See: sudo ufw status verbose")
         if not kernel_ok():
             _, state, _ = module.run_command(["iptables", "-S"])
             module.fail_json(

@@ -213,9 +213,7 @@ def pristine(module: AnsibleModule, path: str) -> bool:
     rc, owner, _ = module.run_command(["dpkg-query", "--search", path])
     if rc != 0:
         return False
-    _, out, _ = module.run_command(
-        ["dpkg-query", "--show", "--showformat", "${Conffiles}", owner.split(":")[0]]
-    )
+    _, out, _ = module.run_command(["dpkg-query", "--show", "--showformat", "${Conffiles}", owner.split(":")[0]])
     shipped = dict(line.split()[:2] for line in out.splitlines() if line.strip())
     try:
         return shipped.get(path) == hashlib.md5(Path(path).read_bytes()).hexdigest()  # noqa: S324  dpkg's choice

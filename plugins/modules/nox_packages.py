@@ -55,17 +55,13 @@ ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_
 
 
 def missing_packages(module: AnsibleModule, names: list[str]) -> list[str]:
-    _, out, _ = module.run_command(
-        ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *names]
-    )
+    _, out, _ = module.run_command(["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *names])
     present = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
     return [name for name in names if name not in present]
 
 
 def apt(module: AnsibleModule, *arguments: str) -> tuple[int, str, str]:
-    result: tuple[int, str, str] = module.run_command(
-        ["apt-get", "-q", "-y", *arguments], environ_update=ENVIRONMENT
-    )
+    result: tuple[int, str, str] = module.run_command(["apt-get", "-q", "-y", *arguments], environ_update=ENVIRONMENT)
     return result
 
 

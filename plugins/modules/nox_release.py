@@ -108,8 +108,10 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
         with tarfile.open(archive) as tar:
             for member in tar:
                 # the digest vouches for the contents; this is for the day somebody signs a wrong one
-                if member.name.startswith("/") or ".." in Path(member.name).parts or not (
-                    member.isreg() or member.isdir() or member.issym()
+                if (
+                    member.name.startswith("/")
+                    or ".." in Path(member.name).parts
+                    or not (member.isreg() or member.isdir() or member.issym())
                 ):
                     module.fail_json(msg=f"{archive}: refuses to unpack {member.name!r}")
             tar.extractall(scratch)  # noqa: S202  members checked above
@@ -124,7 +126,9 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
             + ["--invalidation-mode", "unchecked-hash", "-s", str(scratch), "-p", str(directory), str(packages)]
         )
         if rc != 0:
-            module.fail_json(msg=f"Python {about['python']} on this host can't compile the release: {err.strip()[-800:]}")
+            module.fail_json(
+                msg=f"Python {about['python']} on this host can't compile the release: {err.strip()[-800:]}"
+            )
         if directory.exists():
             aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.broken-"))
             directory.rename(aside / "old")

@@ -98,7 +98,7 @@ from ansible_collections.nox.platform.plugins.module_utils.settings_file import 
     token_state,
 )
 
-TOKEN = "NOX_API_TOKEN"  # noqa: S105  the key's name
+TOKEN = "NOX_API_TOKEN"
 HEADER = """\
 # Settings of nox-api. Values written here by hand survive reruns of the playbooks.
 # Apply: sudo systemctl reload nox-api   (NOX_BIND_ADDR and NOX_PORT: restart)
@@ -256,7 +256,7 @@ def main() -> None:
         token, token_is = given, "given"
     else:
         token, token_is = secrets.token_hex(32), "generated"
-    if token_is != "kept":  # noqa: S105  a state's name
+    if token_is != "kept":
         comment = "Bearer token of the HTTP API. Make another: openssl rand -hex 32"
         text = assign(text, TOKEN, token, comment)
 
@@ -280,7 +280,7 @@ def main() -> None:
     by_hand_names = {one["name"] for one in kept}
     record: dict[str, Any] = {
         "values": {k: v for k, v in values.items() if k not in by_hand_names},
-        "token_sha256": recorded.get("token_sha256") if token_is == "kept" and by_hand else digest(token),  # noqa: S105
+        "token_sha256": recorded.get("token_sha256") if token_is == "kept" and by_hand else digest(token),
     }
     record_text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     changed = text != before or not is_private(path)
@@ -302,9 +302,7 @@ def main() -> None:
         settings=values,
         kept=kept,
         token=token_is,
-        restart_needed=changed and any(
-            present.get(name) != values.get(name) for name in ("NOX_BIND_ADDR", "NOX_PORT")
-        ),
+        restart_needed=changed and any(present.get(name) != values.get(name) for name in ("NOX_BIND_ADDR", "NOX_PORT")),
     )
 
 

@@ -215,9 +215,7 @@ def test_control_characters_of_clients_reach_no_terminal() -> None:
 # --- installation, exit codes, output ---
 
 
-def test_nothing_installed_is_3_and_one_finding(
-    host: FakeHost, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_installed_is_3_and_one_finding(host: FakeHost, capsys: pytest.CaptureFixture[str]) -> None:
     assert debug.main(["--json"], host.facts().host) == 3
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "not installed"
@@ -338,9 +336,7 @@ def test_tokens(host: FakeHost, token: str, state: str, said: str) -> None:
         assert token not in str(found)
 
 
-@pytest.mark.parametrize(
-    ("mode", "state"), [(0o600, "ok"), (0o640, "warn"), (0o644, "fail"), (0o604, "fail")]
-)
+@pytest.mark.parametrize(("mode", "state"), [(0o600, "ok"), (0o640, "warn"), (0o644, "fail"), (0o604, "fail")])
 def test_modes_of_the_configuration(host: FakeHost, mode: int, state: str) -> None:
     host.config(mode=mode)
     if os.geteuid() == 0:
@@ -418,9 +414,7 @@ def test_the_owner_and_the_writability_of_the_sandbox(host: FakeHost) -> None:
     found = {one.id: one for one in debug.check_sandbox(host.facts())}
     assert found["sandbox.dir"].help == "sudo chown -R nox:nox /home/nox/nox/sandbox"
     assert found["sandbox.write"].state == "fail"
-    host.answer(
-        "setpriv --reuid=nox --regid=nox --init-groups -- test -w", code=1, err="setpriv: no group"
-    )
+    host.answer("setpriv --reuid=nox --regid=nox --init-groups -- test -w", code=1, err="setpriv: no group")
     assert host.find("sandbox.write", debug.check_sandbox).state == "skip"
     host.write("/etc/passwd", f"nox:x:{os.getuid()}:0::/:/x\n")
     sandbox.chmod(0o777)
@@ -432,9 +426,7 @@ def test_fullness(used: int, outcome: str) -> None:
     assert debug.fullness(used) == outcome
 
 
-def make_release(
-    host: FakeHost, name: str = "1.2.3-abc", packages: str = "fastapi uvicorn"
-) -> None:
+def make_release(host: FakeHost, name: str = "1.2.3-abc", packages: str = "fastapi uvicorn") -> None:
     venv = host.root / "opt/nox/releases" / name / "venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "bin/python3").write_text("")
@@ -467,9 +459,7 @@ def test_releases_that_are_broken(host: FakeHost, monkeypatch: pytest.MonkeyPatc
     assert "which does not exist" in check_release(host, monkeypatch)["release.current"].detail
 
 
-def test_a_release_python_that_does_not_run(
-    host: FakeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_python_that_does_not_run(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     make_release(host)
     host.answer("setpriv", code=1, err="Traceback\nModuleNotFoundError: No module named 'x'")
     assert "ModuleNotFoundError" in check_release(host, monkeypatch)["release.python"].detail
@@ -622,9 +612,7 @@ def test_the_runner_socket(host: FakeHost) -> None:
         os.close(fd)
         path.chmod(0o600)
         ids = f"{os.getuid()}:x:{os.getgid()}:"
-        assert (
-            "expected 0600 nox-api" in host.find("runner.socket", debug.check_runner_socket).detail
-        )
+        assert "expected 0600 nox-api" in host.find("runner.socket", debug.check_runner_socket).detail
         host.write("/etc/passwd", f"nox-api:x:{os.getuid()}:{ids}")
         host.write("/etc/group", f"nox-api:x:{os.getgid()}:\n")
         assert host.find("runner.socket", debug.check_runner_socket).state == "ok"
@@ -693,9 +681,7 @@ def test_nobody_listens(host: FakeHost) -> None:
     assert problems == {"problem.connection_refused"}
 
 
-def test_another_program_on_the_port_is_named_and_gets_no_token(
-    host: FakeHost, server: Server
-) -> None:
+def test_another_program_on_the_port_is_named_and_gets_no_token(host: FakeHost, server: Server) -> None:
     host.config(NOX_PORT=server.port)
     row = TCP.replace("1F90", f"{server.port:04X}").format(address="0100007F", state="0A", uid=33)
     host.write("/proc/net/tcp", row)
@@ -741,9 +727,7 @@ def test_connection_refused_is_recognised(host: FakeHost) -> None:
     assert {one.id for one in debug.find_problems(checks)} == {"problem.connection_refused"}
 
 
-def test_a_service_that_hangs_is_told_from_one_that_is_gone(
-    host: FakeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_hangs_is_told_from_one_that_is_gone(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host.config(NOX_PORT=silent.getsockname()[1])
         short = {**debug.http_get.__kwdefaults__, "timeout": 0.05}
@@ -818,9 +802,7 @@ def test_nginx_sites() -> None:
         server_name nox.example www.nox.example;
         ssl_certificate /etc/ssl/nox.pem;
     }"""
-    assert debug.read_nginx_site(text) == debug.Site(
-        "nginx", "nox.example", 8443, "/etc/ssl/nox.pem"
-    )
+    assert debug.read_nginx_site(text) == debug.Site("nginx", "nox.example", 8443, "/etc/ssl/nox.pem")
     assert debug.read_nginx_site("server { listen 443 ssl; }").name == "localhost"
 
 
@@ -838,9 +820,7 @@ DAY = 86400
         (90 * DAY, -DAY, "fail"),
     ],
 )
-def test_certificates_are_judged_by_their_lifetime(
-    lifetime: float, left: float, state: str
-) -> None:
+def test_certificates_are_judged_by_their_lifetime(lifetime: float, left: float, state: str) -> None:
     check = debug.check_certificate(NOW, NOW + left - lifetime, NOW + left, "a command")
     assert check.state == state
 
@@ -894,9 +874,7 @@ def real_time(host: FakeHost) -> Any:
     return debug.Facts(debug.Host(host.root, 0, debug.run))
 
 
-def test_https_is_verified_against_the_local_authority(
-    host: FakeHost, tls_server: Server, certificate: Path
-) -> None:
+def test_https_is_verified_against_the_local_authority(host: FakeHost, tls_server: Server, certificate: Path) -> None:
     host.write(debug.CADDY_ROOT, certificate.read_text())
     site = debug.read_caddy_site(f"localhost:{tls_server.port} {{")
     found = {one.id: one for one in debug.check_https(real_time(host), site)}
@@ -915,9 +893,7 @@ def test_https_is_verified_against_the_certificate_that_the_site_names(
     assert found["proxy.https"].state == "ok"
 
 
-def test_an_unverified_certificate_is_called_that_and_gets_no_token(
-    host: FakeHost, tls_server: Server
-) -> None:
+def test_an_unverified_certificate_is_called_that_and_gets_no_token(host: FakeHost, tls_server: Server) -> None:
     host.config()
     site = debug.Site("caddy", "localhost", tls_server.port)
     found = {one.id: one for one in debug.check_https(real_time(host), site)}
@@ -927,9 +903,7 @@ def test_an_unverified_certificate_is_called_that_and_gets_no_token(
     assert set(tls_server.tokens) == {None}
 
 
-def test_a_certificate_for_another_name_is_not_ok(
-    host: FakeHost, tls_server: Server, certificate: Path
-) -> None:
+def test_a_certificate_for_another_name_is_not_ok(host: FakeHost, tls_server: Server, certificate: Path) -> None:
     host.write(debug.CADDY_ROOT, certificate.read_text())
     site = debug.Site("caddy", "other.example", tls_server.port)
     found = {one.id: one for one in debug.check_https(real_time(host), site)}
@@ -939,14 +913,10 @@ def test_a_certificate_for_another_name_is_not_ok(
 
 def test_proxy_configurations_are_checked_by_the_proxy_itself(host: FakeHost) -> None:
     host.answer("nginx -t", code=1, err="nginx: [emerg] unknown directive\nnginx: test failed")
-    found = host.find(
-        "proxy.config", lambda facts: debug.check_proxy_config(facts, debug.Site("nginx"))
-    )
+    found = host.find("proxy.config", lambda facts: debug.check_proxy_config(facts, debug.Site("nginx")))
     assert (found.state, found.detail) == ("fail", "nginx: [emerg] unknown directive")
     host.answer("setpriv --reuid=caddy --regid=caddy --init-groups -- caddy validate")
-    found = host.find(
-        "proxy.config", lambda facts: debug.check_proxy_config(facts, debug.Site("caddy"))
-    )
+    found = host.find("proxy.config", lambda facts: debug.check_proxy_config(facts, debug.Site("caddy")))
     assert found.state == "ok"
 
 
@@ -1085,9 +1055,7 @@ def test_log_directory_and_rotation(host: FakeHost) -> None:
         assert host.find("logs.rotate", debug.check_logs).state == "ok"
 
 
-def test_logs_shows_the_last_lines_of_each_log(
-    host: FakeHost, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_logs_shows_the_last_lines_of_each_log(host: FakeHost, capsys: pytest.CaptureFixture[str]) -> None:
     host.config()
     write_log(host, [request(200, f"/files/{number}") for number in range(5)])
     host.answer("journalctl", out="a line\n")
@@ -1116,7 +1084,5 @@ def test_commands_that_are_missing_or_hang_do_not_raise() -> None:
 
 def test_it_runs_alone_and_is_executable() -> None:
     assert SCRIPT.stat().st_mode & stat.S_IXUSR
-    ended = subprocess.run(
-        [sys.executable, "-I", str(SCRIPT), "--version"], capture_output=True, text=True, check=True
-    )
+    ended = subprocess.run([sys.executable, "-I", str(SCRIPT), "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout == f"nox-debug {debug.VERSION}\n"

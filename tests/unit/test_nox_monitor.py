@@ -196,9 +196,7 @@ def test_the_sandbox_is_measured_without_following_links(tmp_path: Path) -> None
     assert monitor.disk_use(monitor.Host(tmp_path), "/none").total_bytes is None
 
 
-def test_a_huge_sandbox_is_counted_in_part_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_huge_sandbox_is_counted_in_part_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         write(tmp_path, f"/box/{number}/file", "")
     monkeypatch.setattr(monitor, "MAX_ENTRIES", 3)
@@ -297,9 +295,7 @@ def test_ticks_tell_what_is_new(tmp_path: Path, server: Server) -> None:
 # --- the program itself ---
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["x"], ["0"], ["-1"], ["nan"], ["inf"], ["1", "--count", "0"], ["1", "2"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["x"], ["0"], ["-1"], ["nan"], ["inf"], ["1", "--count", "0"], ["1", "2"]])
 def test_bad_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         monitor.parse_arguments(arguments)
@@ -307,9 +303,7 @@ def test_bad_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: nox-monitor" in capsys.readouterr().err
 
 
-def test_json_ticks_are_one_object_per_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_ticks_are_one_object_per_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert monitor.main(["0.1", "--count", "2", "--json"], monitor.Host(tmp_path)) == 0
     ticks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(ticks) == 2

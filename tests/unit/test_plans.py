@@ -55,7 +55,9 @@ class TestFirewall:
     def test_an_operators_own_rule_counts(self, rule: str) -> None:
         assert nox_firewall.plan([rule], [22], "drop", True, True) == []
 
-    @pytest.mark.parametrize("rule", ["deny 22/tcp", "allow from 10.0.0.0/8 to any port 22", "allow 2222/tcp", "allow 22/udp"])
+    @pytest.mark.parametrize(
+        "rule", ["deny 22/tcp", "allow from 10.0.0.0/8 to any port 22", "allow 2222/tcp", "allow 22/udp"]
+    )
     def test_a_rule_that_opens_less_does_not(self, rule: str) -> None:
         assert nox_firewall.plan([rule], [22], "drop", True, True) == [["allow", "22/tcp"]]
 

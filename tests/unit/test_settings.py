@@ -90,18 +90,17 @@ def run(tmp_path: Path, check: bool = False, **parameters: Any) -> dict[str, Any
         "_ansible_diff": True,
         **parameters,
     }
-    program = (
-        "import sys; sys.path[:0] = [%r]\n"  # noqa: UP031
-        "from ansible.module_utils.testing import patch_module_args\n"
-        "import json, os\n"
-        "os.fchown = lambda *a: None\n"
-        "from ansible_collections.nox.platform.plugins.modules import nox_settings as m\n"
-        "m.is_private = lambda p: p.is_file() and p.stat().st_mode & 0o777 == 0o600\n"
-        "with patch_module_args(json.load(sys.stdin)): m.main()\n"
-    ) % str(ROOT / ".collections")
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, text=True
-    )
+    program = f"""
+import json, os, sys
+sys.path[:0] = [{str(ROOT / ".collections")!r}]
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.nox.platform.plugins.modules import nox_settings as module
+os.fchown = lambda *arguments: None  # only root may
+module.is_private = lambda path: path.is_file() and path.stat().st_mode & 0o777 == 0o600
+with patch_module_args(json.load(sys.stdin)):
+    module.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(arguments), capture_output=True, text=True)
     return dict(json.loads(done.stdout))
 
 

@@ -87,7 +87,11 @@ def test_without_a_domain(tmp_path: Path) -> None:
 
 def test_with_a_domain(tmp_path: Path) -> None:
     found = decided(
-        tmp_path, nox_domain="nox.example.org", nox_proxy_acme_email="ops@example.org", nox_timeout=600, nox_bind_addr="::"
+        tmp_path,
+        nox_domain="nox.example.org",
+        nox_proxy_acme_email="ops@example.org",
+        nox_timeout=600,
+        nox_bind_addr="::",
     )
     assert (found["url"], found["tls"]) == ("https://nox.example.org", "acme")
     assert found["names"] == ["nox.example.org"]
@@ -121,8 +125,14 @@ def test_units_use_nothing_newer_than_systemd_249(tmp_path: Path) -> None:
         ({"token": "placeholder"}, "openssl rand -hex 32"),
         ({"free_mib": {"/opt": 10, "/var": 9000, "/home": 9000}}, "/opt has 10 MiB free"),
         ({"ssh_ports": []}, "nox_firewall_ssh_ports"),
-        ({"listeners": [{"port": 8080, "address": "0.0.0.0", "process": "java", "unit": "tomcat9.service"}]}, "tomcat9.service"),
-        ({"listeners": [{"port": 443, "address": "0.0.0.0", "process": "apache2", "unit": "apache2.service"}]}, "apache2"),
+        (
+            {"listeners": [{"port": 8080, "address": "0.0.0.0", "process": "java", "unit": "tomcat9.service"}]},
+            "tomcat9.service",
+        ),
+        (
+            {"listeners": [{"port": 443, "address": "0.0.0.0", "process": "apache2", "unit": "apache2.service"}]},
+            "apache2",
+        ),
         (
             {
                 "listeners": [{"port": 443, "address": "::", "process": "nginx", "unit": "nginx.service"}],

@@ -122,7 +122,9 @@ def test_every_managed_path(host: Any) -> None:
     paths = PATHS | PROXY_PATHS[PROXY]
     out = host.check_output("stat --format '%%n|%%F|%%U|%%G|%%a' %s" % " ".join(paths))  # noqa: UP031
     found = {line.split("|")[0]: tuple(line.split("|")[1:]) for line in out.splitlines()}
-    found = {path: ("regular file", *rest[1:]) if rest[0] == "regular empty file" else rest for path, rest in found.items()}
+    found = {
+        path: ("regular file", *rest[1:]) if rest[0] == "regular empty file" else rest for path, rest in found.items()
+    }
     assert found == paths
 
 
@@ -272,7 +274,9 @@ def test_firewall_as_the_kernel_has_it(host: Any) -> None:
 def test_the_other_proxy_is_gone(host: Any) -> None:
     other = {"caddy": "nginx", "nginx": "caddy"}[PROXY]
     assert not host.service(other).is_running
-    assert host.run("ls /etc/nginx/sites-enabled/nox-api /etc/caddy/sites-enabled/nox-api.caddy").stdout.count("\n") == 1
+    assert (
+        host.run("ls /etc/nginx/sites-enabled/nox-api /etc/caddy/sites-enabled/nox-api.caddy").stdout.count("\n") == 1
+    )
 
 
 # ── Secrets
@@ -380,7 +384,9 @@ def test_the_settings_file_can_be_edited_and_reloaded(host: Any, client: Client)
         assert status == 422, "8 seconds are more than the new 7"
         assert host.check_output("systemctl show -p MainPID --value nox-api") == pid, "a reload is no restart"
     finally:
-        host.check_output("sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=20/' /etc/default/nox-api && systemctl restart nox-api")
+        host.check_output(
+            "sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=20/' /etc/default/nox-api && systemctl restart nox-api"
+        )
     assert client("POST", "/run_py", {"code": "print(1)", "timeout": 8})[0] == 200
 
 
