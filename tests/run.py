@@ -40,10 +40,10 @@ class Failed(Exception):
     """A command of the step ended with another status than 0."""
 
 
-def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> None:
+def run(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> None:
     command = [str(word) for word in words]
     print(f"$ {' '.join(command)}", flush=True)
-    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **environment}, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **(environment or {})}, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise Failed(f"status {done.returncode}: {' '.join(command)}")
 
@@ -88,9 +88,12 @@ def unit_control() -> None:
 
 
 def find_python(version: str) -> Path:
-    """An interpreter of this version that is on the machine; nothing is downloaded."""
+    """An interpreter of this version that is on the machine, pyenv's included; nothing is downloaded."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for python in sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"), reverse=True):
+        return python
     found = subprocess.run(
-        [BIN / "uv", "python", "find", "--no-python-downloads", "--no-project", version],
+        [BIN / "uv", "python", "find", "--no-python-downloads", "--no-project", "--system", version],
         cwd="/",
         env=ENVIRONMENT,
         capture_output=True,
@@ -125,8 +128,11 @@ def app_python(version: str) -> Path:
         python = find_python(version)
         if os.geteuid() == 0 and not reachable(python):
             python = copied(python, test_home() / f"cpython-{version}")
-        run(python, "-m", "venv", venv)
-        run(venv / "bin/pip", "install", "--quiet", "--require-hashes", "--requirement", lock)
+        libraries = app_libraries(version)
+        # by our own pip: not every interpreter on a machine brings one
+        run(python, "-m", "venv", "--without-pip", venv, environment=libraries)
+        pip = (BIN / "python", "-m", "pip", "--python", venv / "bin/python", "install", "--quiet")
+        run(*pip, "--require-hashes", "--requirement", lock, environment=libraries)
         complete.write_text(digest)
     return venv / "bin/python"
 
@@ -141,6 +147,12 @@ def copied(python: Path, place: Path) -> Path:
     return place / "bin" / python.resolve().name
 
 
+def app_libraries(version: str) -> dict[str, str]:
+    """What a copied interpreter needs to find its own libpython, and not the one of where it was copied from."""
+    place = test_home() / f"cpython-{version}"
+    return {"LD_LIBRARY_PATH": str(place / "lib")} if place.exists() else {}
+
+
 def unit_app(version: str) -> Callable[[], None]:
     def step() -> None:
         require_package("bwrap", "bubblewrap")
@@ -150,7 +162,8 @@ def unit_app(version: str) -> Callable[[], None]:
             shutil.rmtree(app, ignore_errors=True)
             shutil.copytree(ROOT / "app", app)
         # from app/, whose packages need no installation there
-        run(app_python(version), "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app)
+        python = app_python(version)
+        run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
 
     return step
 
