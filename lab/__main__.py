@@ -21,7 +21,7 @@ SUITES = ("auto", *inherited.DEBIAN_SUITES, *inherited.UBUNTU_SUITES)
 
 def _name(text: str) -> str:
     if not valid_name(text):
-        rule = "lower-case letters, digits and inner hyphens, at most 32"
+        rule = "lower-case letters, digits and inner hyphens, at most 24"
         raise argparse.ArgumentTypeError(f"{text!r} is no name: {rule}")
     return text
 
@@ -100,9 +100,7 @@ def _table(rows: Sequence[fleet.Status]) -> str:
         texts = [row.lab, row.host, row.kind, row.suite, row.address, row.state]
         lines.append([*texts, str(row.pid or "-"), memory, uptime])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
-    )
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 

@@ -191,10 +191,7 @@ class HostFile:
 
 def host_files(files: dict[str, str], public_key: str) -> list[HostFile]:
     """What makes a root a certain host: files (path -> text), and who may log in."""
-    found = [
-        HostFile(path, text, 0o600 if path.endswith("_key") else 0o644)
-        for path, text in files.items()
-    ]
+    found = [HostFile(path, text, 0o600 if path.endswith("_key") else 0o644) for path, text in files.items()]
     for home, owner in (("root", 0), ("home/admin", ADMIN_ID)):
         found.append(HostFile(f"{home}/.ssh", None, 0o700, owner))
         found.append(HostFile(f"{home}/.ssh/authorized_keys", public_key, 0o600, owner))
@@ -236,7 +233,8 @@ def purge(used: set[str]) -> list[str]:
         if str(path) in used:
             kept += [path.name, kernel_of(str(path))]
     for path in CACHE.glob("*"):
-        if path.name not in kept:
+        at_work = path.name.startswith(".building-") and time.time() - path.stat().st_mtime < 3600
+        if path.name not in kept and not at_work:
             remove_tree(path)
     if CACHE.is_dir() and not any(CACHE.iterdir()):
         CACHE.rmdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lab import base, inherited, inventory, network, nspawn, process, ssh, uml
-from lab.machine import need_tools, run, say
+from lab.machine import is_mounted, need_tools, run, say
 from lab.state import (
     CACHE,
     STATE,
@@ -101,6 +101,7 @@ def up(name: str, wanted: Wanted) -> Lab:
     Raises LabError when a host doesn't come up in time; it is removed, the others stay.
     """
     need_tools(_TOOLS)
+    _find_room()
     with locked(name):
         _sweep()
         lab = _open_lab(name)
@@ -119,6 +120,23 @@ def up(name: str, wanted: Wanted) -> Lab:
     if others:
         say(f"{len(others)} more in the lab {name} stay as they are: {' '.join(others)}")
     return lab
+
+
+def _find_room() -> None:
+    """Keep all state in memory where the disk is an overlay, as in a container: none can stand on
+    one."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    if run("stat", "--file-system", "--format=%T", STATE).strip() == "overlayfs":
+        say(f"{STATE} is on an overlay, so hosts' disks are kept in memory")
+        run("mount", "-t", "tmpfs", "-o", "mode=755", "nox-lab", STATE)
+
+
+def _leave_room() -> None:
+    """When the last lab is gone: unmount what was mounted for all."""
+    if not lab_names():
+        process.leave_hierarchy()
+        if is_mounted(STATE) and run("findmnt", "-no", "SOURCE", STATE).strip() == "nox-lab":
+            run("umount", "--lazy", STATE)
 
 
 def _open_lab(name: str) -> Lab:
@@ -194,13 +212,14 @@ def _create(lab: Lab, names: list[str], broken: list[Host], wanted: Wanted) -> l
     suite = inherited.choose_suite(wanted.suite)
     place = _kind(wanted.kind).prepare(suite)
     base.drop_expired(_used_bases() | {place})
+    for name in names:
+        _refuse_double(lab, name)
     _end(lab, broken)
     for host in broken:
         del lab.hosts[host.name]
     if not lab.key.exists():
         _generate_key(lab.key, f"nox-lab-{lab.name}")
     for name in names:
-        _refuse_double(lab, name)
         lab.hosts[name] = Host(name, lab.name, wanted.kind, suite, lab.free_address(), place)
     lab.save()  # before any is started: whatever happens then, a record names what it leaves
     return [lab.hosts[name] for name in names]
@@ -212,8 +231,7 @@ def _refuse_double(lab: Lab, name: str) -> None:
         for path in (STATE / other / "hosts").glob("*"):
             if other != lab.name and f"{other}-{path.name}" == f"{lab.name}-{name}":
                 raise LabError(
-                    f"{lab.name}-{name} is also the host {path.name} of the lab {other}; "
-                    "choose another name"
+                    f"{lab.name}-{name} is also the host {path.name} of the lab {other}; choose another name"
                 )
 
 
@@ -252,8 +270,7 @@ def _furnish(lab: Lab, host: Host) -> None:
     files = {
         **inherited.files(),
         "etc/hostname": f"{host.name}\n",
-        "etc/hosts": f"127.0.0.1\tlocalhost\n127.0.1.1\t{host.name}\n"
-        "::1\tlocalhost ip6-localhost ip6-loopback\n",
+        "etc/hosts": f"127.0.0.1\tlocalhost\n127.0.1.1\t{host.name}\n::1\tlocalhost ip6-localhost ip6-loopback\n",
         "etc/machine-id": f"{uuid.uuid4().hex}\n",
         "etc/ssh/ssh_host_ed25519_key": key.read_text(),
         "etc/ssh/ssh_host_ed25519_key.pub": key.with_suffix(".pub").read_text(),
@@ -317,6 +334,7 @@ def down(name: str, names: list[str]) -> int:
         else:
             _close_lab(lab)
         _sweep()
+        _leave_room()
     return len(targets)
 
 
@@ -355,9 +373,7 @@ def _sweep() -> None:
     """Remove what no lab's record names any more: processes, bridges, rules."""
     with locked("-network"):
         labs = lab_names()
-        machines = {
-            f"{name}-{path.name}" for name in labs for path in (STATE / name / "hosts").glob("*")
-        }
+        machines = {f"{name}-{path.name}" for name in labs for path in (STATE / name / "hosts").glob("*")}
         for group in process.orphan_groups(machines):
             say(f"ending leftover processes: {group.name}")
             process.kill_group(group)

@@ -33,6 +33,9 @@ def hosts_yml(lab: Lab, known_hosts: Path) -> str:
         lines += [
             f'    "{host.name}":',
             f'      ansible_host: "{host.address}"',
+            # With the host goes the connection that Ansible keeps open: the next host of this name
+            # and address must not meet it. %%r, the user, is for ssh to fill in.
+            f'      ansible_control_path: "{host.dir}/ssh-%%r"',
             f'      lab_kind: "{host.kind}"',
             f'      lab_suite: "{host.suite}"',
         ]
@@ -43,8 +46,10 @@ def known_hosts(lab: Lab) -> str:
     """The public key of every host by its address, as the lab itself made them."""
     lines = []
     for host in lab.hosts.values():
-        key_type, key, *_ = (host.dir / "ssh_host_ed25519_key.pub").read_text().split()
-        lines.append(f"{host.address} {key_type} {key}\n")
+        path = host.dir / "ssh_host_ed25519_key.pub"
+        if path.exists():  # else an `up` was killed before it made the host
+            key_type, key, *_ = path.read_text().split()
+            lines.append(f"{host.address} {key_type} {key}\n")
     return "".join(lines)
 
 

@@ -92,6 +92,12 @@ def need_tools(tools: dict[str, str]) -> None:
             run(*apt, "install", "--yes", "--no-install-recommends", *packages)
 
 
+def is_mounted(path: Path) -> bool:
+    """Whether something is mounted exactly there."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[4] == str(path) for line in lines)
+
+
 def has_systemd() -> bool:
     """Whether PID 1 of this machine is systemd (the test of sd_booted(3))."""
     return Path("/run/systemd/system").is_dir()

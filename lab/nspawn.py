@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from lab import base, process
-from lab.machine import default_mtu, need_tools, run
-from lab.state import Host, Lab, LabError
+from lab.machine import default_mtu, is_mounted, need_tools, run
+from lab.state import Host, Lab
 
 BOOT_BOUND = 90  # seconds to ssh, also for a hundred hosts on two cores
 
@@ -71,27 +70,16 @@ def clean(host: Host) -> None:
     """Remove what an ended host left in the machine's kernel: its interface and its mount."""
     # Of a host that was killed, the interface stays for a moment: the next start needs its name.
     run("ip", "link", "delete", f"vb-{host.machine}", check=False)
-    while _is_mounted(host.root):
+    while is_mounted(host.root):
         run("umount", "--lazy", host.root)
 
 
 def _mount(host: Host) -> None:
     """Mount the host's root: the shared base below, what the host changes above."""
-    if _is_mounted(host.root):
+    if is_mounted(host.root):
         return
     for directory in (host.dir / "upper", host.dir / "work", host.root):
         directory.mkdir(exist_ok=True)
         directory.chmod(0o755)
     layers = f"lowerdir={host.base}/root,upperdir={host.dir}/upper,workdir={host.dir}/work"
-    try:
-        run("mount", "-t", "overlay", f"nox-lab-{host.machine}", "-o", layers, host.root)
-    except LabError as exc:
-        hint = (
-            f"Is {host.dir} on an overlay itself, as in a container? Mount a disk or tmpfs there."
-        )
-        raise LabError(f"{exc}\n{hint}") from exc
-
-
-def _is_mounted(path: Path) -> bool:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == str(path) for line in lines)
+    run("mount", "-t", "overlay", f"nox-lab-{host.machine}", "-o", layers, host.root)

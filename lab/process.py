@@ -14,12 +14,13 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from lab.machine import has_systemd, run
+from lab.machine import has_systemd, is_mounted, run
 from lab.state import STATE, Host, LabError, read_pid, start_time
 
 RESTART = 133  # the exit code by which a rebooting host asks for a new start; systemd-nspawn's own
 POWEROFF_BOUND = 8  # seconds a host gets to shut down by itself
 _PARENT = "nox-lab"
+_PRIVATE = STATE / ".cgroup2"
 
 
 # --- control groups ---
@@ -40,10 +41,9 @@ def _hierarchy() -> Path:
     mounts = _mounts("cgroup2")
     if mounts:
         return mounts[0][0]
-    private = STATE / ".cgroup2"
-    private.mkdir(parents=True, exist_ok=True)
-    run("mount", "-t", "cgroup2", "none", private)
-    return private
+    _PRIVATE.mkdir(parents=True, exist_ok=True)
+    run("mount", "-t", "cgroup2", "nox-lab", _PRIVATE)
+    return _PRIVATE
 
 
 def _unit(host: Host) -> str:
@@ -94,6 +94,12 @@ def kill_group(group: Path) -> None:
         for pid in _pids(group):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def leave_hierarchy() -> None:
+    """Unmount the hierarchy, if it was mounted for us alone."""
+    if is_mounted(_PRIVATE):
+        run("umount", "--lazy", _PRIVATE)
 
 
 def remove_group(group: Path) -> None:
@@ -147,9 +153,7 @@ def launch(host: Host, command: str) -> None:
     try:
         group.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise LabError(
-            f"can't create {group}: {exc.strerror} (a read-only /sys/fs/cgroup?)"
-        ) from exc
+        raise LabError(f"can't create {group}: {exc.strerror} (a read-only /sys/fs/cgroup?)") from exc
     with host.console.open("a") as log:
         # This loop itself stays outside of the group: a new start wants it empty.
         supervisor = subprocess.Popen(

@@ -19,7 +19,9 @@ CACHE = Path("/var/cache/nox-lab")
 KINDS = ("nspawn", "uml")
 MAX_HOSTS = 100
 FIRST_ADDRESS = 11  # the last octet of a lab's first host; .1 is the gateway
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+# 24 characters: a lab's and a host's together make a host name (64 at most), and the path of a
+# socket in the host's directory (107 at most).
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
 
 
 class LabError(Exception):
@@ -31,7 +33,7 @@ class CannotHost(LabError):
 
 
 def valid_name(name: str) -> bool:
-    """Whether a lab or host may be called this: a lower-case DNS label, at most 32 characters."""
+    """Whether a lab or host may be called this: a lower-case DNS label, at most 24 characters."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -109,16 +111,13 @@ class Lab:
             if address not in taken:
                 return address
         raise LabError(
-            f"the lab {self.name} is full ({MAX_HOSTS} hosts); "
-            f"end some: python3 -m lab down --lab {self.name} HOST"
+            f"the lab {self.name} is full ({MAX_HOSTS} hosts); end some: python3 -m lab down --lab {self.name} HOST"
         )
 
     def strays(self) -> list[Host]:
         """Host directories of this lab that its record doesn't name: a crash left them."""
         found = (path.name for path in (self.dir / "hosts").glob("*"))
-        return [
-            Host(name, self.name, "nspawn", "", "", "") for name in found if name not in self.hosts
-        ]
+        return [Host(name, self.name, "nspawn", "", "", "") for name in found if name not in self.hosts]
 
     def save(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -146,9 +145,7 @@ def load_lab(name: str) -> Lab | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise LabError(
-            f"{path} is not a lab's record ({exc}); end that lab: python3 -m lab down --lab {name}"
-        ) from exc
+        raise LabError(f"{path} is not a lab's record ({exc}); end that lab: python3 -m lab down --lab {name}") from exc
 
 
 def lab_names() -> list[str]:
