@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = ROOT / "inventory/lab"
 STATE = ROOT / ".run/demo"  # the fallback's settings, logs and pids
-LAB = "demo"
+LAB = "lab"
 PORT = 18080  # of the fallback; 8080 is often taken on a workstation
 
 ANALYSIS = """\
@@ -269,7 +269,7 @@ def stop() -> None:
             record.unlink()
     shutil.rmtree(STATE, ignore_errors=True)
     if os.geteuid() == 0:
-        command(sys.executable, "-m", "lab", "down", f"--lab={LAB}")
+        command(sys.executable, "-m", "lab", "down", f"--lab={LAB}", "nox1")
 
 
 # ── The work

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lab import base, inherited, inventory, network, nspawn, process, ssh, uml
-from lab.machine import is_mounted, need_tools, run, say
+from lab.machine import mounted, need_tools, run, say
 from lab.state import (
     CACHE,
     STATE,
@@ -135,7 +135,7 @@ def _leave_room() -> None:
     """When the last lab is gone: unmount what was mounted for all."""
     if not lab_names():
         process.leave_hierarchy()
-        if is_mounted(STATE) and run("findmnt", "-no", "SOURCE", STATE).strip() == "nox-lab":
+        if mounted(STATE) == "nox-lab":
             run("umount", "--lazy", STATE)
 
 
@@ -423,7 +423,7 @@ def status(names: Iterable[str]) -> list[Status]:
     found = []
     for name in names:
         lab = _read_lab(name) or Lab(name, 0)
-        answering = ssh.answering(host.address for host in lab.hosts.values())
+        answering = ssh.answering((host.address for host in lab.hosts.values()), timeout=1)
         for host in lab.hosts.values():
             pid = process.main_pid(host)
             if pid:

@@ -92,10 +92,14 @@ def need_tools(tools: dict[str, str]) -> None:
             run(*apt, "install", "--yes", "--no-install-recommends", *packages)
 
 
-def is_mounted(path: Path) -> bool:
-    """Whether something is mounted exactly there."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == str(path) for line in lines)
+def mounted(path: Path) -> str | None:
+    """The source of what is mounted exactly there, the uppermost; None when nothing is."""
+    source = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, filesystem = line.partition(" - ")
+        if mount.split()[4] == str(path):
+            source = filesystem.split()[1]
+    return source
 
 
 def has_systemd() -> bool:

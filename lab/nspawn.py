@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from lab import base, process
-from lab.machine import default_mtu, is_mounted, need_tools, run
+from lab.machine import default_mtu, mounted, need_tools, run
 from lab.state import Host, Lab
 
 BOOT_BOUND = 90  # seconds to ssh, also for a hundred hosts on two cores
@@ -70,13 +70,13 @@ def clean(host: Host) -> None:
     """Remove what an ended host left in the machine's kernel: its interface and its mount."""
     # Of a host that was killed, the interface stays for a moment: the next start needs its name.
     run("ip", "link", "delete", f"vb-{host.machine}", check=False)
-    while is_mounted(host.root):
+    while mounted(host.root):
         run("umount", "--lazy", host.root)
 
 
 def _mount(host: Host) -> None:
     """Mount the host's root: the shared base below, what the host changes above."""
-    if is_mounted(host.root):
+    if mounted(host.root):
         return
     for directory in (host.dir / "upper", host.dir / "work", host.root):
         directory.mkdir(exist_ok=True)

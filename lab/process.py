@@ -14,7 +14,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from lab.machine import has_systemd, is_mounted, run
+from lab.machine import has_systemd, mounted, run
 from lab.state import STATE, Host, LabError, read_pid, start_time
 
 RESTART = 133  # the exit code by which a rebooting host asks for a new start; systemd-nspawn's own
@@ -58,6 +58,13 @@ def group_of(host: Host) -> Path:
     return _hierarchy() / _PARENT / host.machine
 
 
+def _mirrors(group: Path) -> list[Path]:
+    """The same group in systemd's own v1 hierarchy, where the machine has it: nspawn looks there
+    first for where it is, and mirrors its groups there."""
+    mounts = _mounts("cgroup")
+    return [mount / _PARENT / group.name for mount, options in mounts if "name=systemd" in options]
+
+
 def orphan_groups(machines: set[str]) -> list[Path]:
     """The groups of lab hosts that aren't among these machine names."""
     if has_systemd():
@@ -98,16 +105,15 @@ def kill_group(group: Path) -> None:
 
 def leave_hierarchy() -> None:
     """Unmount the hierarchy, if it was mounted for us alone."""
-    if is_mounted(_PRIVATE):
+    if mounted(_PRIVATE):
         run("umount", "--lazy", _PRIVATE)
 
 
 def remove_group(group: Path) -> None:
-    """Remove an empty group with what is below it, and nspawn's mirror of it in systemd's v1."""
+    """Remove an empty group with what is below it, and its mirror."""
     if has_systemd():
         return
-    mirrors = [mount for mount, options in _mounts("cgroup") if "name=systemd" in options]
-    for top in [group, *(mount / _PARENT / group.name for mount in mirrors)]:
+    for top in [group, *_mirrors(group)]:
         for directory, _, _ in os.walk(top, topdown=False):
             with suppress(OSError):
                 Path(directory).rmdir()
@@ -127,8 +133,8 @@ def launch(host: Host, command: str) -> None:
     script = host.dir / "start"
     script.write_text(
         "#!/bin/sh\n"
-        "# Written by `python3 -m lab`: starts this host. $1: the control group to enter, if any.\n"
-        'if [ -n "$1" ]; then echo 0 >"$1/cgroup.procs"; fi\n'
+        "# Written by `python3 -m lab`: starts this host. Arguments: the control groups to enter.\n"
+        'for group; do echo 0 >"$group/cgroup.procs"; done\n'
         'echo "$$ $(cut -d" " -f22 /proc/$$/stat)" >pid\n'
         f"{command}\n"
     )
@@ -150,14 +156,16 @@ def launch(host: Host, command: str) -> None:
         run("systemd-run", "--quiet", "--collect", unit, *options, "/bin/sh", script)
         return
     group = group_of(host)
+    groups = [str(group), *map(str, _mirrors(group))]
     try:
-        group.mkdir(parents=True, exist_ok=True)
+        for path in groups:
+            Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise LabError(f"can't create {group}: {exc.strerror} (a read-only /sys/fs/cgroup?)") from exc
+        raise LabError(f"can't create {exc.filename}: {exc.strerror} (a read-only /sys/fs/cgroup?)") from exc
     with host.console.open("a") as log:
-        # This loop itself stays outside of the group: a new start wants it empty.
+        # This loop itself stays outside of the groups: a new start wants them empty.
         supervisor = subprocess.Popen(
-            ["sh", "-c", f'while sh start "$0"; [ $? -eq {RESTART} ]; do :; done', str(group)],
+            ["sh", "-c", f'while sh start "$@"; [ $? -eq {RESTART} ]; do :; done', "sh", *groups],
             cwd=host.dir,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,75 @@ def test_a_recipe_is_known_by_all_that_is_in_it() -> None:
     assert one.prefix == same.prefix
     assert one.prefix.startswith("bookworm-nspawn-")
     assert one.prefix != other.prefix
+
+
+# --- cached bases ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "cache"
+    path.mkdir()
+    monkeypatch.setattr(base, "CACHE", path)
+    return path
+
+
+def a_base(cache: Path, age_days: float, kernel: str = "", name: str = "bookworm-nspawn-0123") -> Path:
+    path = cache / f"{name}.{int(time.time() - age_days * 86400)}"
+    (path / "root").mkdir(parents=True)
+    (path / "recipe.json").write_text(json.dumps({"kernel": kernel}))
+    return path
+
+
+def a_recipe() -> base.Recipe:
+    return base.Recipe("bookworm", "nspawn", (), (), "", "")
+
+
+def test_a_fresh_base_is_used_and_an_old_one_renewed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = cache / "new"
+    monkeypatch.setattr(base, "_build", lambda wanted, finish: built)
+    assert base.base_for(a_recipe()) == built
+    old = a_base(cache, base.MAX_AGE_DAYS + 1, name=a_recipe().prefix)
+    assert base.base_for(a_recipe()) == built
+    fresh = a_base(cache, 1, name=a_recipe().prefix)
+    assert base.base_for(a_recipe()) == fresh
+    assert old.exists()
+
+
+def test_an_old_base_serves_when_it_cannot_be_renewed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(wanted: base.Recipe, finish: object) -> Path:
+        raise LabError("no archive")
+
+    monkeypatch.setattr(base, "_build", fail)
+    with pytest.raises(LabError, match="no archive"):
+        base.base_for(a_recipe())
+    old = a_base(cache, base.MAX_AGE_DAYS + 1, name=a_recipe().prefix)
+    assert base.base_for(a_recipe()) == old
+
+
+def test_expired_bases_go_unless_a_host_stands_on_them(cache: Path) -> None:
+    used, unused, young = a_base(cache, 30), a_base(cache, 31), a_base(cache, 1)
+    kernel = cache / "kernel-uml-6.1um4+b13"
+    kernel.mkdir()
+    base.drop_expired({str(used)})
+    assert used.exists()
+    assert young.exists()
+    assert kernel.exists()
+    assert not unused.exists()
+
+
+def test_purge_keeps_what_hosts_stand_on(cache: Path) -> None:
+    used = a_base(cache, 1, kernel="kernel-uml-1.2", name="bookworm-uml-0123")
+    unused = a_base(cache, 2)
+    kernels = [cache / "kernel-uml-1.2", cache / "kernel-uml-1.1"]
+    for path in [*kernels, cache / ".building-now"]:
+        path.mkdir()
+    assert base.purge({str(used)}) == [used.name, "kernel-uml-1.2"]
+    assert [path.exists() for path in (used, unused, *kernels)] == [True, False, True, False]
+    assert (cache / ".building-now").exists()
+    (cache / ".building-now").rmdir()
+    assert base.purge(set()) == []
+    assert not cache.exists()
 
 
 # --- apt and pip settings, certificates, name servers ---
