@@ -14,6 +14,7 @@ import random
 import secrets
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 INVENTORY = ROOT / "inventory/lab"
-STATE = ROOT / ".run/demo"  # the fallback's settings, logs and pids
+# The fallback's settings, logs and pids. The runner refuses to be root, so root's are where another user can reach them.
+STATE = Path("/var/lib/nox-demo") if os.geteuid() == 0 else ROOT / ".run/demo"
+UNPRIVILEGED = "nobody"
 LAB = "lab"
 PORT = 18080  # of the fallback; 8080 is often taken on a workstation
 
@@ -153,29 +156,32 @@ def start_on_loopback(reason: str) -> Service:
     say(f"This machine can't host containers ({reason}); front and runner start on loopback instead.")
     STATE.mkdir(parents=True, exist_ok=True)
     STATE.chmod(0o700)
-    settings = STATE / "settings"
-    if not settings.exists():
-        sandbox = STATE / "sandbox"
-        sandbox.mkdir(exist_ok=True)
-        settings.touch(mode=0o600)
-        settings.write_text(f"NOX_API_TOKEN={secrets.token_hex(32)}\nNOX_PORT={PORT}\nNOX_SANDBOX={sandbox}\n")
-    token = settings.read_text().split("\n")[0].partition("=")[2]
-    service = Service(f"http://127.0.0.1:{PORT}", token, "")
-    if answers(service):
-        return service
+    hand_over(STATE)
+    settings, sandbox = STATE / "settings", STATE / "sandbox"
+    if settings.exists():
+        known = dict(line.split("=", 1) for line in settings.read_text().splitlines())
+        service = Service(f"http://127.0.0.1:{known['NOX_PORT']}", known["NOX_API_TOKEN"], "")
+        if answers(service):
+            return service
+    sandbox.mkdir(exist_ok=True)
+    settings.touch(mode=0o600)
+    port, token = free_port(), secrets.token_hex(32)
+    settings.write_text(f"NOX_API_TOKEN={token}\nNOX_PORT={port}\nNOX_SANDBOX={sandbox}\n")
+    hand_over(settings, sandbox)
+    service = Service(f"http://127.0.0.1:{port}", token, "")
     with step("install the service's dependencies"):
         python = service_python()
     require_bubblewrap()
     with step("start front and runner"):
-        socket = STATE / "runner.sock"
-        socket.unlink(missing_ok=True)
+        door = STATE / "runner.sock"
+        door.unlink(missing_ok=True)
         base = [str(python), "-m"]
         flags = ["--settings", str(settings)]
         spawn(
             "runner",
-            [*base, "nox_runner", *flags, "--socket", str(socket), "--client-user", "self"],
+            [*base, "nox_runner", *flags, "--socket", str(door), "--client-user", "self"],
         )
-        front = ["--runner-socket", str(socket), "--log-dir", str(STATE)]
+        front = ["--runner-socket", str(door), "--log-dir", str(STATE)]
         spawn("front", [*base, "nox_api", *flags, *front])
         until = time.monotonic() + 20
         while not answers(service):
@@ -186,6 +192,16 @@ def start_on_loopback(reason: str) -> Service:
     return service
 
 
+def free_port() -> int:
+    """The usual port, or any other where somebody has that one."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", PORT))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def answers(service: Service) -> bool:
     try:
         status, health = service.call("GET", "/health")
@@ -194,29 +210,31 @@ def answers(service: Service) -> bool:
     return status == 200 and health.get("status") == "ok"
 
 
+def hand_over(*paths: Path) -> None:
+    """Give files to the user that the service runs as, where that isn't us."""
+    if os.geteuid() == 0:
+        for path in paths:
+            shutil.chown(path, UNPRIVILEGED)
+
+
 def service_python() -> Path:
     """A virtual environment with the service's locked dependencies, made once."""
-    venv = ROOT / ".venv-app"
+    venv = STATE / "venv"
     python = venv / "bin/python"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    base = Path(sys.executable).resolve()
+    if os.geteuid() == 0 and not all(parent.stat().st_mode & 0o001 for parent in base.parents):
+        base = Path("/usr/bin/python3").resolve()  # our own is in a home that the service's user can't enter
+    version = base.name.removeprefix("python")
     lock = ROOT / f"requirements/app-py{version}.lock"
     if not lock.exists():
         raise DemoError(f"no lock for Python {version}: {lock.name} is missing (make lock)")
     if not (venv / "complete").exists():
         shutil.rmtree(venv, ignore_errors=True)
-        command(sys.executable, "-m", "venv", str(venv), check=True)
-        command(
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--require-hashes",
-            "-r",
-            str(lock),
-            check=True,
-        )
+        command(str(base), "-m", "venv", "--without-pip", str(venv), check=True)
+        pip = (sys.executable, "-m", "pip", "--python", str(python), "install", "-q")
+        command(*pip, "--require-hashes", "-r", str(lock), check=True)
         (venv / "complete").touch()
+    shutil.copytree(ROOT / "app", STATE / "app", dirs_exist_ok=True)
     return python
 
 
@@ -245,7 +263,8 @@ def spawn(name: str, words: list[str]) -> None:
         process = subprocess.Popen(
             words,
             cwd=STATE,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT / "app"), "LANG": "C.UTF-8"},
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(STATE / "app"), "LANG": "C.UTF-8"},
+            user=UNPRIVILEGED if os.geteuid() == 0 else None,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
