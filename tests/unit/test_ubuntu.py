@@ -81,6 +81,7 @@ def test_without_a_domain(tmp_path: Path) -> None:
     assert "response_header_timeout 50s" in site
     runner = (tmp_path / "nox-runner.service").read_text()
     assert f"TasksMax={64 + (128 + 8) * 4}" in runner
+    assert "RestrictSUIDSGID=yes" in runner
     nginx = (tmp_path / "nox-api.nginx").read_text()
     assert "server_name 192.0.2.10 [2001:db8::10] run1.example.org" in nginx
 
@@ -156,3 +157,4 @@ def test_a_placeholder_in_the_inventory_is_refused_unseen(tmp_path: Path) -> Non
     done = render(tmp_path, JAMMY, nox_api_token=token)
     assert done.returncode != 0
     assert token not in done.stdout + done.stderr
+    assert "openssl rand -hex 32" in re.sub(r"\s+", " ", done.stdout)
