@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check lab-up lab-down lab-status lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ install: setup ## install Nox on this machine (Ubuntu 22.04 or a relative; root 
 
 check: setup ## what `make install` would change on this machine
 	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml --check --diff
+
+drift: setup ## what differs on this machine from what was installed; changes nothing
+	$(BIN)/ansible-playbook -i inventory/local playbooks/drift.yml
+
+repair: setup ## bring a damaged Nox on this machine back to health
+	$(BIN)/ansible-playbook -i inventory/local playbooks/repair.yml
 
 lab-up: setup ## N systemd test hosts on this machine, and inventory/lab: make lab-up N=10
 	@$(BIN)/python -m lab up -n $(N)

@@ -70,27 +70,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-
-
-def release_problem(directory: Path) -> str:
-    """What is wrong with an unpacked release, "" if nothing: every file and link against its own list."""
-    try:
-        about = json.loads((directory / "RELEASE.json").read_text(encoding="utf-8"))
-        files = about["files"]
-    except (OSError, ValueError, KeyError):
-        return "RELEASE.json is missing or unreadable"
-    for name, wanted in files.items():
-        path = directory / name
-        try:
-            if wanted.startswith("-> "):
-                good = path.is_symlink() and f"-> {os.readlink(path)}" == wanted
-            else:
-                good = hashlib.sha256(path.read_bytes()).hexdigest() == wanted
-        except OSError:
-            good = False
-        if not good:
-            return f"{name} is missing or changed"
-    return ""
+from ansible_collections.nox.platform.plugins.module_utils.release_files import foreign_writer, release_problem
 
 
 def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -> None:
@@ -170,6 +150,12 @@ def write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
+def is_private_to_root(path: Path) -> bool:
+    """Whether root alone may change a file that all may read."""
+    found = path.lstat()
+    return (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, 0o644)
+
+
 def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -217,7 +203,12 @@ def main() -> None:
         module.exit_json(changed=bool(actions), actions=actions, previous=previous)
 
     directory = root / "releases" / name
-    problem = release_problem(directory) if directory.is_dir() else "absent"
+    problem = "absent"
+    if directory.is_dir():
+        problem = release_problem(directory)
+        loose = "" if problem else foreign_writer(directory)
+        if loose:
+            problem = f"others than root may change {loose}"
     if problem:
         actions.append(f"unpack {name}" + ("" if problem == "absent" else f" again: {problem}"))
         if not module.check_mode:
@@ -235,6 +226,11 @@ def main() -> None:
         entries.append({"release": name, "since": now(), "healthy": ""})
         if not module.check_mode:
             write_manifest(manifest, entries[-200:])
+
+    elif not is_private_to_root(manifest):
+        actions.append(f"take {manifest} back")
+        if not module.check_mode:
+            write_manifest(manifest, entries)
 
     releases = root / "releases"
     there = sorted(path.name for path in releases.iterdir() if path.is_dir()) if releases.is_dir() else []

@@ -51,6 +51,22 @@ options:
     description: The API token. Empty means keep the host's, or make one where there is none.
     type: str
     default: ""
+  lost:
+    description:
+      - Where a lost file's contents are looked for. C(token) is the running front's own copy; nothing but the token is
+        taken from it, because its owner is no root. C(state) is the record of M(nox.platform.nox_state), with the
+        hand edits that were there when it was written.
+    type: dict
+    default: {}
+    suboptions:
+      token:
+        description: The front's copy of the settings.
+        type: path
+        default: /run/nox-api/settings
+      state:
+        description: The record of the host's state.
+        type: path
+        default: /var/lib/nox/state.json
   force:
     description: The inventory wins over hand edits (the token excepted, unless O(token) is given).
     type: bool
@@ -165,6 +181,25 @@ def merge(
     return result, kept
 
 
+def recovered(lost: dict[str, str], patterns: dict[str, str]) -> dict[str, str]:
+    """What is still known of a lost settings file: usable values only."""
+    found: dict[str, str] = {}
+    try:
+        state = json.loads(Path(lost["state"]).read_text(encoding="utf-8"))
+        for name, value in state.get("settings", {}).items():
+            if name in patterns and re.fullmatch(patterns[name], str(value)):
+                found[name] = str(value)
+    except (OSError, ValueError, AttributeError):
+        pass
+    try:
+        token = parse_settings(Path(lost["token"]).read_text(encoding="utf-8", errors="replace")).get(TOKEN)
+    except OSError:
+        token = None
+    if token and token_state(token) == "ok":
+        found[TOKEN] = token
+    return found
+
+
 def write_private(path: Path, text: str) -> None:
     """Writes through a temporary file of mode 0600 in the same directory, then renames."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -206,6 +241,15 @@ def main() -> None:
                 },
             },
             "token": {"type": "str", "default": "", "no_log": True},
+            "lost": {
+                "type": "dict",
+                "default": {},
+                "apply_defaults": True,
+                "options": {
+                    "token": {"type": "path", "default": "/run/nox-api/settings", "no_log": False},
+                    "state": {"type": "path", "default": "/var/lib/nox/state.json"},
+                },
+            },
             "force": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -235,6 +279,13 @@ def main() -> None:
     present = parse_settings(text)
     for problem in problems:
         module.warn(f"{path}: {problem}; kept as a comment")
+
+    if not present:
+        for name, value in recovered(module.params["lost"], {e["name"]: e["pattern"] for e in entries}).items():
+            text = assign(text, name, value, "recovered")
+            present[name] = value
+            # never with its value: one of them is the token
+            module.warn(f"{path} was lost: {name} recovered")
 
     # -- the token
     token = present.get(TOKEN, "")
