@@ -118,6 +118,8 @@ class Quota:
             with self._changed:
                 self._running.discard(lease)
                 self._changed.notify_all()
+                # Whoever is told of the removal may rely on it.
+                self._changed.wait_for(lambda: not self._cutting, _KILL_SECONDS)
             if not lease.exceeded and self._is_suspicious():
                 self._check(lease)
 

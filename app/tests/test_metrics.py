@@ -24,7 +24,7 @@ def test_metrics(own: Callable[..., Service]) -> None:
     with nox.client() as client:
         client.post("/run_sh", json={"cmd": "reboot"})
         client.get("/files/some/path")
-        client.request("BREW", "/coffee/of-the-client")
+        client.request("PURGE", "/coffee/of-the-client")
     found = samples(nox)
     expected = {
         'nox_runs_total{language="python",status="ok"}': 1,
