@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _log = logging.getLogger("nox.access")
 _NOTES = "nox.notes"
 _MAX_PATH = 512
+
+Observe = Callable[[Scope, int, float], None]
+"""Told scope, status and seconds of each request at its end."""
 
 
 def note(scope: Scope, **fields: object) -> None:
@@ -23,8 +27,9 @@ def note(scope: Scope, **fields: object) -> None:
 class AccessLog:
     """Logs each request at its end. Neither queries nor headers nor bodies are logged."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observe: Observe) -> None:
         self._app = app
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -46,12 +51,14 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            seconds = time.monotonic() - started
+            self._observe(scope, status, seconds)
             level = logging.WARNING if status >= 500 else logging.INFO
             fields = {
                 "method": scope["method"],
                 "path": scope["path"][:_MAX_PATH],
                 "status": status,
-                "duration_ms": round((time.monotonic() - started) * 1000, 1),
+                "duration_ms": round(seconds * 1000, 1),
                 "client": client_address(scope),
                 **scope[_NOTES],
             }

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from nox_api import __version__, files, health, problem, runs
+from nox_api import __version__, exposition, files, health, problem, runs
 from nox_api.access import AccessLog
 from nox_api.auth import BearerAuth
 from nox_api.body import BodyLimit
@@ -31,14 +31,14 @@ def create_app(settings: FrontSettings, runner: RunnerClient) -> FastAPI:
     state = State(settings, runner)
     app.state.nox = state
     app.state.runner_health = health.RunnerHealthCheck(runner)
-    for module in (health, runs, files):
+    for module in (health, runs, files, exposition):
         app.include_router(module.router)
     problem.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
     app.add_middleware(BearerAuth, token=lambda: state.settings.token)
     app.add_middleware(BodyLimit, limit=lambda: state.settings.max_body)
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, observe=state.metrics.request)
     return app
 
 

@@ -33,6 +33,15 @@ class RunnerHealth(BaseModel):
     version: str
 
 
+class SandboxUsage(BaseModel):
+    """What the sandbox holds, and its quota; files, directories and links count alike."""
+
+    bytes: int
+    files: int
+    quota_bytes: int
+    quota_files: int
+
+
 class PublicSettings(BaseModel):
     """The settings, without secrets. Sizes in bytes, times in seconds."""
 
@@ -44,6 +53,10 @@ class PublicSettings(BaseModel):
     pids: int
     file_size: int
     tmp_size: int
+    quota_bytes: int
+    quota_files: int
+    keep_days: int
+    shell_policy: bool
     log_level: str
 
 
@@ -63,6 +76,7 @@ class Health(BaseModel):
     limits: Limits | None = None
     slots: Used | None = None
     queue: Used | None = None
+    sandbox: SandboxUsage | None = None
     settings: PublicSettings | None = None
 
 
@@ -115,5 +129,6 @@ async def health(request: Request) -> Health:
         limits=Limits(enforced=runner.enforced, not_enforced=runner.not_enforced),
         slots=Used(used=nox.slots.used, total=nox.slots.total),
         queue=Used(used=nox.slots.queued, total=nox.slots.queue),
+        sandbox=SandboxUsage.model_validate(runner.sandbox, from_attributes=True),
         settings=PublicSettings.model_validate(nox.settings, from_attributes=True),
     )

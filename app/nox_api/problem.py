@@ -33,6 +33,7 @@ class Problem(BaseModel):
     status: int = Field(description="The HTTP status code")
     detail: str = Field(description="What went wrong in this case")
     instance: str = Field(description="The path of the request")
+    rule: str | None = Field(default=None, description="With 403 of /run_sh: the rule it breaks")
     errors: list[InvalidField] | None = Field(default=None, description="With 422: each bad field")
 
 

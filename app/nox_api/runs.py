@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
-from nox_api import access, state
+from nox_api import access, shell_policy, state
 from nox_api.failures import as_problems
 from nox_api.problem import ProblemError, invalid, responses
 from nox_api.slots import QueueFullError
@@ -124,7 +124,7 @@ class RunResult(BaseModel):
     )
 
 
-router = APIRouter(tags=["runs"], responses=responses(401, 413, 422, 429, 503))
+router = APIRouter(tags=["runs"], responses=responses(401, 413, 422, 429, 503, 507))
 
 
 @router.post("/run_py", response_model_exclude_unset=True, summary="Run a Python program")
@@ -133,10 +133,30 @@ async def run_py(request: Request, program: RunPython) -> RunResult:
     return await _run(request, "python", program.code, program)
 
 
-@router.post("/run_sh", response_model_exclude_unset=True, summary="Run a shell script")
+@router.post(
+    "/run_sh",
+    response_model_exclude_unset=True,
+    responses=responses(403),
+    summary="Run a shell script",
+)
 async def run_sh(request: Request, program: RunShell) -> RunResult:
-    """Run it by the host's /bin/sh in a fresh sandbox; 200 whatever became of it."""
+    """Run it by the host's /bin/sh in a fresh sandbox; 200 whatever became of it.
+
+    403 if it plainly destroys; the problem's member `rule` names the rule.
+    """
+    if state.of(request).settings.shell_policy:
+        _obey(request, program)
     return await _run(request, "sh", program.cmd, program)
+
+
+def _obey(request: Request, program: RunShell) -> None:
+    refusal = shell_policy.examine(program.cmd, program.args, program.env)
+    if refusal is None:
+        return
+    state.of(request).metrics.refused("policy")
+    access.note(request.scope, refused=refusal.rule)
+    detail = f"Refused by the rule {refusal.rule}: it {refusal.detail} (NOX_SHELL_POLICY=on)"
+    raise ProblemError(403, detail, extra={"rule": refusal.rule})
 
 
 async def _run(
@@ -164,10 +184,15 @@ async def _run(
     try:
         with as_problems():
             reply, stdout, stderr = await _while_connected(request, take_turn())
+    except ClientDisconnect:
+        nox.metrics.run(language, "cancelled")
+        raise
     except QueueFullError as full:
+        nox.metrics.refused("queue_full")
         headers = {"Retry-After": str(full.retry_after)}
         raise ProblemError(429, "All slots and the queue are full", headers=headers) from None
     access.note(request.scope, run_status=reply.status)
+    nox.metrics.run(language, reply.status, reply.duration_ms)
     result = RunResult(
         run_id=run.run_id,
         status=reply.status,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from nox_api.metrics import Metrics
 from nox_api.runner import RunnerClient
 from nox_api.settings import FrontSettings
 from nox_api.slots import Slots
@@ -20,6 +21,7 @@ class State:
     settings: FrontSettings
     runner: RunnerClient
     slots: Slots = field(init=False)
+    metrics: Metrics = field(default_factory=Metrics)
     files: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:

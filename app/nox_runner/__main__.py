@@ -44,6 +44,7 @@ def main() -> int:
     service = Service(current, Bubblewrap(Command(arguments.bwrap)))
     if removed := listing.remove_leftovers(current.sandbox):
         log("info", "leftovers_removed", uploads=removed)
+    service.quota.start()
     service.proof.able()
 
     def reload() -> None:

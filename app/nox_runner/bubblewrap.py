@@ -101,7 +101,6 @@ class Bubblewrap:
         missing = {
             "memory_per_run": "no control group: each process has its own limit",
             "cpu_share": "no control group",
-            "sandbox_size": "no quota is set on the sandbox",
             "system_calls": "no seccomp filter",
         }
         if self._watch.blind:

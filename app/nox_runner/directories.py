@@ -1,8 +1,9 @@
 """Directories of the sandbox by descriptor, one component at a time.
 
 Runs own the sandbox and may plant a link anywhere at any moment. So no path is ever given to the
-kernel as a whole: each component is opened by its name in the directory before it, never following
-a link, and what was checked is the very thing that is used.
+kernel to follow as it likes: each component is opened by its name in the directory before it, never
+following a link, and what was checked is the very thing that is used. Where the kernel has openat2,
+it does that walk by itself in one call.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from nox_runner import openat2
 from nox_runner.protocol import Failure
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o755
 
 
@@ -32,11 +34,35 @@ def opened(sandbox: str, parts: Sequence[str], create: bool = False) -> Iterator
     except OSError as error:
         raise Failure("unable", f"the sandbox cannot be opened: {error.strerror}") from None
     try:
+        walk = _at_once if openat2.available() else _one_by_one
+        entered = walk(current, parts, create)
+        os.close(current)
+        current = entered
+        yield current
+    finally:
+        os.close(current)
+
+
+def _at_once(start: int, parts: Sequence[str], create: bool) -> int:
+    """The directory by one call, in which the kernel refuses every link and every way out."""
+    path = "/".join(parts) or "."
+    try:
+        return openat2.directory(start, path)
+    except OSError as error:
+        if error.errno == errno.ENOENT and not create:
+            raise Failure("not_found", f"{path!r} does not exist") from None
+    # To make what is missing, and to name the component that is in the way.
+    return _one_by_one(start, parts, create)
+
+
+def _one_by_one(start: int, parts: Sequence[str], create: bool) -> int:
+    current = os.dup(start)
+    try:
         for part in parts:
             following = _enter(current, part, create)
             os.close(current)
             current = following
-        yield current
+        return os.dup(current)
     finally:
         os.close(current)
 
@@ -46,7 +72,7 @@ def _enter(directory: int, name: str, create: bool) -> int:
         if create:
             with suppress(FileExistsError):
                 os.mkdir(name, _MODE, dir_fd=directory)
-        return os.open(name, _DIRECTORY, dir_fd=directory)
+        return os.open(name, DIRECTORY, dir_fd=directory)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -17,12 +17,18 @@ _MODE = 0o644
 
 
 def put(
-    sandbox: str, path: str, overwrite: bool, content: Iterable[bytes], max_size: int
+    sandbox: str,
+    path: str,
+    overwrite: bool,
+    content: Iterable[bytes],
+    max_size: int,
+    stored: Callable[[os.stat_result], None] = lambda _: None,
 ) -> PutReply:
     """Store `content` as the file `path`, whole or not at all.
 
     It is written under a temporary name in the target's directory, then linked (which is atomic
-    and fails if the name is taken) or, with `overwrite`, renamed onto a regular file.
+    and fails if the name is taken) or, with `overwrite`, renamed onto a regular file. `stored` is
+    told its state when it is complete.
     Raises Failure: `bad_path`, `exists`, `not_regular`, `denied`, `too_large`, `no_space`.
     """
     *parents, name = _components(path)
@@ -36,6 +42,7 @@ def put(
             with failures(name), open(descriptor, "wb", buffering=0) as file:
                 os.fchmod(descriptor, _MODE)  # whatever the umask
                 size, digest = _write(file, content, max_size)
+                stored(os.fstat(descriptor))
             with failures(name):
                 if overwrite:
                     # A link planted since the check is replaced itself, never followed.

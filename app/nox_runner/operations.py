@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nox_runner import __version__, files, listing, protocol
 from nox_runner.backend import Backend, ClientGoneError, Outcome, Program
@@ -16,6 +16,7 @@ from nox_runner.limits import Limits
 from nox_runner.log import log
 from nox_runner.proof import Proof
 from nox_runner.protocol import Failure, ProtocolError
+from nox_runner.quota import Lease, Quota
 from nox_runner.settings import Settings
 from nox_runner.slots import Slots
 
@@ -25,6 +26,9 @@ SILENCE = 30.0
 # The front frees a slot when its client is gone, a moment before the killed run frees ours.
 _SLOT_PATIENCE = 5.0
 _MAX_CHANGED = 1000
+_OVER_QUOTA = (
+    b"nox: the sandbox's quota was exceeded; what was written since this run began is removed\n"
+)
 
 
 @dataclass
@@ -36,10 +40,12 @@ class Service:
     stopping: bool = False
     slots: Slots = field(init=False)
     proof: Proof = field(init=False)
+    quota: Quota = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = Slots(lambda: self.settings.slots)
         self.proof = Proof(self.backend, lambda: self.settings)
+        self.quota = Quota(lambda: self.settings)
 
     def serve(self, connection: socket.socket) -> None:
         """Answer the one request of `connection`. Every failure is told to the peer or logged."""
@@ -77,6 +83,7 @@ class Service:
             connection.sendall(protocol.encode_reply(reply))
         else:
             files.delete(self.settings.sandbox, request.path)
+            self.quota.touched()
             connection.sendall(protocol.encode_reply(protocol.DeleteReply(request.path)))
 
     def _health(self) -> protocol.HealthReply:
@@ -92,6 +99,7 @@ class Service:
             version=__version__,
             slots_used=self.slots.used,
             slots_total=self.settings.slots,
+            sandbox=self.quota.usage(),
             enforced=enforced,
             not_enforced=not_enforced,
         )
@@ -119,20 +127,24 @@ class Service:
                 )
                 limits = Limits.of(settings, request.timeout)
                 before = listing.take(settings.sandbox) if request.files else None
-                outcome = self._outcome(program, limits, settings.sandbox, connection)
+                with self.quota.run(connection) as lease:
+                    outcome = self._outcome(program, limits, settings.sandbox, lease)
+                if lease.exceeded:
+                    outcome = _over_quota(outcome)
+                _log_run(program, outcome)
         changed = None
         if before is not None:
             changed = listing.changed(before, listing.take(settings.sandbox), _MAX_CHANGED)
         _reply_run(connection, outcome, changed)
 
-    def _outcome(
-        self, program: Program, limits: Limits, sandbox: str, connection: socket.socket
-    ) -> Outcome:
+    def _outcome(self, program: Program, limits: Limits, sandbox: str, lease: Lease) -> Outcome:
         started = time.monotonic()
         try:
-            outcome = self.backend.run(program, limits, sandbox, connection)
+            outcome = self.backend.run(program, limits, sandbox, lease.connection)
         except ClientGoneError:
             after = round((time.monotonic() - started) * 1000)
+            if lease.exceeded:
+                return _cut(after)
             log("info", "run_cancelled", run_id=program.run_id, after_ms=after)
             raise
         except OSError as error:
@@ -143,23 +155,21 @@ class Service:
             self.proof.doubt()
             told = outcome.stderr.decode("utf-8", "replace")
             log("error", "sandbox_error", run_id=program.run_id, reason=told)
-        log(
-            "info",
-            "run",
-            run_id=program.run_id,
-            language=program.language,
-            status=outcome.status,
-            duration_ms=outcome.duration_ms,
-        )
         return outcome
 
     def _put(self, request: protocol.Put, connection: socket.socket) -> None:
         settings = self.settings
         content = protocol.receive_stream(connection)
         try:
-            reply = files.put(
-                settings.sandbox, request.path, request.overwrite, content, settings.max_body
-            )
+            with self.quota.upload(request.path) as upload:
+                reply = files.put(
+                    settings.sandbox,
+                    request.path,
+                    request.overwrite,
+                    upload.metered(content),
+                    settings.max_body,
+                    self.quota.stored,
+                )
         except Failure:
             # The peer listens only when it has said all.
             for _ in content:
@@ -174,6 +184,26 @@ class Service:
             for chunk in files.chunks(descriptor, state.st_size, protocol.CHUNK):
                 connection.sendall(protocol.frame(chunk))
             connection.sendall(protocol.END)
+
+
+def _log_run(program: Program, outcome: Outcome) -> None:
+    log(
+        "info",
+        "run",
+        run_id=program.run_id,
+        language=program.language,
+        status=outcome.status,
+        duration_ms=outcome.duration_ms,
+    )
+
+
+def _cut(after_ms: int) -> Outcome:
+    """A run that was killed for the quota; what it had printed went with it."""
+    return Outcome("output_limit", None, None, b"", b"", False, False, after_ms, 0, 0)
+
+
+def _over_quota(outcome: Outcome) -> Outcome:
+    return replace(outcome, status="output_limit", stderr=outcome.stderr + _OVER_QUOTA)
 
 
 def _reply_run(

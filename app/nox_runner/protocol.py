@@ -119,6 +119,16 @@ class File:
 
 
 @dataclass(frozen=True)
+class SandboxUsage:
+    """What the sandbox holds, and its quota; `files` counts directories and links, too."""
+
+    bytes: int
+    files: int
+    quota_bytes: int
+    quota_files: int
+
+
+@dataclass(frozen=True)
 class HealthReply:
     """`able` is false when the sandbox does not work, with the `reason`; times in seconds."""
 
@@ -128,6 +138,7 @@ class HealthReply:
     version: str
     slots_used: int
     slots_total: int
+    sandbox: SandboxUsage
     enforced: dict[str, str]
     not_enforced: dict[str, str]
 

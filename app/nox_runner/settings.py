@@ -50,6 +50,10 @@ class Settings:
     pids: int = 128
     file_size: int = 64 << 20
     tmp_size: int = 64 << 20
+    quota_bytes: int = 1 << 30
+    quota_files: int = 20_000
+    keep_days: int = 0
+    shell_policy: bool = True
     log_level: str = "info"
 
 
@@ -108,6 +112,12 @@ def _directory(text: str) -> str:
     return text
 
 
+def _switch(text: str) -> bool:
+    if text.lower() not in ("on", "off"):
+        raise ValueError("must be on or off")
+    return text.lower() == "on"
+
+
 def _level(text: str) -> str:
     if text.lower() not in _LEVELS:
         raise ValueError("must be one of " + ", ".join(_LEVELS))
@@ -129,6 +139,10 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_PIDS": ("pids", _whole(4, 1 << 20)),
     "NOX_FILE_SIZE": ("file_size", _size(4 << 10, 1 << 40)),
     "NOX_TMP_SIZE": ("tmp_size", _size(64 << 10, 1 << 40)),
+    "NOX_QUOTA_BYTES": ("quota_bytes", _size(1 << 20, 1 << 50)),
+    "NOX_QUOTA_FILES": ("quota_files", _whole(100, 100_000_000)),
+    "NOX_KEEP_DAYS": ("keep_days", _whole(0, 36_500)),
+    "NOX_SHELL_POLICY": ("shell_policy", _switch),
     "NOX_LOG_LEVEL": ("log_level", _level),
 }
 TOKEN_KEY = "NOX_API_TOKEN"

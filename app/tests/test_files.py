@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from nox_runner import files, listing
+from nox_runner import files, listing, openat2
 from nox_runner.protocol import Failure
+
+
+@pytest.fixture(autouse=True, params=["openat2", "one by one"])
+def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here by both ways to a directory."""
+    if request.param == "openat2" and not openat2.available():
+        pytest.skip("the kernel has no openat2")
+    monkeypatch.setattr(openat2, "available", lambda: request.param == "openat2")
 
 
 def put(sandbox: Path, path: str, content: bytes = b"new", overwrite: bool = False) -> None:

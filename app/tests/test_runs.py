@@ -177,7 +177,8 @@ def test_a_fork_bomb_is_contained(nox: Service) -> None:
             "/run_py",
             {"code": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"},
         ),
-        ("/run_sh", {"cmd": "f() { f | f & }; f; sleep 9"}),
+        # From a file: the shell policy would refuse it.
+        ("/run_sh", {"cmd": "echo 'f() { f | f & }; f' >bomb; . ./bomb; sleep 9"}),
     )
     for path, source in bombs:
         result = nox.post(path, timeout=0.7, **source)

@@ -1,0 +1,367 @@
+"""The quota on the sandbox, kept before uploads and runs, and while runs are going.
+
+The truth is a scan of the whole tree. As that costs, it is made only after something may have
+changed: at a bounded rate, or at once when the file system's free space (one cheap call) tells that
+the quota may be used up. A run that breaks the quota costs itself and its like, never what was
+there before: all runs that are going are killed, and what was made since the last scan that was
+within the quota is removed, except uploads. See docs/decisions/0007-quota.md.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from nox_runner import paths, tree
+from nox_runner.log import log
+from nox_runner.protocol import Failure, SandboxUsage
+from nox_runner.settings import Settings
+
+_TICK = 0.05
+"""Seconds between two looks at the free space while runs are going."""
+_SCAN_SECONDS = 2.0
+_SCAN_SHARE = 20
+"""A scan of n seconds is followed by 20 n without one, unless there is suspicion."""
+_FRESH_SECONDS = 0.2
+_KILL_SECONDS = 15.0
+_CLOCK_SLACK_NS = 20_000_000  # the kernel stamps files by a clock that lags by up to 10 ms
+_HOUSEKEEPING_SECONDS = 3600.0
+_PRUNINGS = 5
+
+
+class _EnoughError(Exception):
+    """The quota is exceeded; by how much does not matter."""
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """`files` counts every entry of a directory. Sparse files count in full, hard links once."""
+
+    bytes: int = 0
+    files: int = 0
+
+
+@dataclass(eq=False)
+class Lease:
+    """A run that is going. `exceeded` tells that the quota was, and this run was cut for it."""
+
+    connection: socket.socket
+    exceeded: bool = False
+
+    def cut(self) -> None:
+        """End the run: by this shutdown its supervision sees the client as gone."""
+        self.exceeded = True
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+
+class Quota:
+    """Used by many threads. Nothing is done by `__init__` or before `start`."""
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        self._settings = settings
+        self._changed = threading.Condition()
+        self._scanning = threading.Lock()
+        self._running: set[Lease] = set()
+        self._uploads: list[Upload] = []
+        self._uploaded: dict[tuple[int, int], int] = {}
+        """Uploads since the last good scan, with their sizes: not a run's."""
+        self._cutting = False
+        self._dirty = True
+        self._usage = _Usage()
+        self._free = _Usage()
+        """Of the file system, at the last scan."""
+        self._scanned = float("-inf")
+        self._cost = 0.0
+        self._good_ns = 0
+        """When the last scan within the quota began; 0: there was none."""
+        self._kept = time.monotonic()
+
+    def start(self) -> None:
+        """Scan, and watch from now on."""
+        self._check()
+        threading.Thread(target=self._watch, name="quota", daemon=True).start()
+
+    def usage(self) -> SandboxUsage:
+        """As far as is known without a scan."""
+        settings, usage = self._settings(), self._usage
+        return SandboxUsage(usage.bytes, usage.files, settings.quota_bytes, settings.quota_files)
+
+    def touched(self) -> None:
+        """Something was removed, or may have been written."""
+        with self._changed:
+            self._dirty = True
+            self._changed.notify_all()
+
+    @contextmanager
+    def run(self, connection: socket.socket) -> Iterator[Lease]:
+        """Hold a lease for a run. Failure `no_space` if the sandbox is full."""
+        if self._is_full() and self._is_stale():
+            self._check()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._cutting, _KILL_SECONDS)
+            if self._cutting or self._is_full():
+                raise self._full()
+            lease = Lease(connection)
+            self._running.add(lease)
+            self._dirty = True
+            self._changed.notify_all()
+        try:
+            yield lease
+        finally:
+            with self._changed:
+                self._running.discard(lease)
+                self._changed.notify_all()
+                # Whoever is told of the removal may rely on it.
+                self._changed.wait_for(lambda: not self._cutting, _KILL_SECONDS)
+            if not lease.exceeded and self._is_suspicious():
+                self._check(lease)
+
+    @contextmanager
+    def upload(self, path: str) -> Iterator[Upload]:
+        """Room for an upload to `path` and its directories, reserved piece by piece."""
+        if self._dirty and self._is_stale():
+            self._check()
+        upload = Upload(self, files=path.count("/") + 1)
+        with self._changed:
+            self._uploads.append(upload)
+        try:
+            yield upload
+            with self._changed:
+                self._usage = _Usage(
+                    self._usage.bytes + upload.size, self._usage.files + upload.files
+                )
+        finally:
+            with self._changed:
+                self._uploads.remove(upload)
+                self._dirty = True
+                self._changed.notify_all()
+
+    def reserve(self, upload: Upload, size: int) -> None:
+        """Give `upload` room for `size` bytes more; Failure `no_space` if there is none."""
+        settings = self._settings()
+        with self._changed:
+            taken = self._usage.bytes + sum(each.size for each in self._uploads)
+            files = self._usage.files + sum(each.files for each in self._uploads)
+            if taken + size > settings.quota_bytes or files > settings.quota_files:
+                raise self._full()
+            upload.size += size
+
+    def stored(self, state: os.stat_result) -> None:
+        """The file of an upload is in its place, or just about to be."""
+        with self._changed:
+            self._uploaded[state.st_dev, state.st_ino] = state.st_size
+
+    def _full(self) -> Failure:
+        settings = self._settings()
+        return Failure(
+            "no_space",
+            f"the sandbox is full: its quota is {settings.quota_bytes} bytes and"
+            f" {settings.quota_files} files",
+        )
+
+    def _is_full(self) -> bool:
+        settings = self._settings()
+        return (
+            self._usage.bytes >= settings.quota_bytes or self._usage.files >= settings.quota_files
+        )
+
+    def _is_stale(self) -> bool:
+        return time.monotonic() - self._scanned > max(_FRESH_SECONDS, 5 * self._cost)
+
+    def _is_suspicious(self) -> bool:
+        """Whether the file system lost as much since the last scan as would use up the quota."""
+        settings = self._settings()
+        try:
+            free = _free(settings.sandbox)
+        except OSError:
+            return False
+        usage, before = self._usage, self._free
+        return (
+            usage.bytes + before.bytes - free.bytes > settings.quota_bytes
+            or usage.files + before.files - free.files > settings.quota_files
+        )
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._dirty, _HOUSEKEEPING_SECONDS)
+            time.sleep(_TICK)
+            try:
+                since = time.monotonic() - self._scanned
+                due = since >= max(_SCAN_SECONDS, _SCAN_SHARE * self._cost)
+                if self._dirty and (due or self._is_suspicious()):
+                    self._check()
+                if time.monotonic() - self._kept >= _HOUSEKEEPING_SECONDS:
+                    self._kept = time.monotonic()
+                    self.housekeep()
+            except OSError as error:  # such as a sandbox that was taken away
+                log("error", "quota_unknown", reason=str(error))
+                time.sleep(_SCAN_SECONDS)
+
+    def housekeep(self) -> int:
+        """Remove what did not change for NOX_KEEP_DAYS, if that is set; how many files.
+
+        By the time of change, which a run cannot set, unlike the time of modification.
+        """
+        settings = self._settings()
+        if not settings.keep_days:
+            return 0
+        before_ns = time.time_ns() - settings.keep_days * 86_400 * 1_000_000_000
+        with self._scanning:
+            removed = _remove(settings.sandbox, lambda _, state: state.st_ctime_ns < before_ns)
+        if removed:
+            log("info", "housekeeping", removed=removed, keep_days=settings.keep_days)
+            self.touched()
+        return removed
+
+    def _check(self, ended: Lease | None = None) -> None:
+        """Scan, and enforce. `ended` is a run that ended just now and is to be told as well."""
+        with self._scanning, suppress(FileNotFoundError):
+            if self._scan():
+                return
+            with self._changed:
+                self._cutting = True
+                cut = {*self._running, *((ended,) if ended else ())}
+                for lease in cut:
+                    lease.cut()
+                self._changed.wait_for(lambda: not cut & self._running, _KILL_SECONDS)
+            try:
+                log("warning", "quota_exceeded", runs=len(cut), removed=self._prune())
+            finally:
+                with self._changed:
+                    self._cutting = False
+                    self._changed.notify_all()
+
+    def _prune(self) -> int:
+        """Remove what is newer than the last good scan, until the quota holds; how many files."""
+        removed = 0
+        # If it was exceeded from the start, that is the operator's to sort out.
+        for _ in range(_PRUNINGS if self._good_ns else 0):
+            removed += _remove(self._settings().sandbox, self._is_surplus)
+            if self._scan():
+                break
+        return removed
+
+    def _is_surplus(self, name: str, state: os.stat_result) -> bool:
+        if state.st_ctime_ns < self._good_ns:
+            return False
+        if self._uploads and name.startswith(paths.TEMPORARY_PREFIX):
+            return False
+        return self._uploaded.get((state.st_dev, state.st_ino)) != state.st_size
+
+    def _scan(self) -> bool:
+        """Find what the sandbox holds; whether that is within the quota."""
+        settings = self._settings()
+        started, started_ns = time.monotonic(), time.time_ns()
+        with self._changed:
+            uploaded = set(self._uploaded)
+            self._dirty = bool(self._running or self._uploads)
+        is_suspicious = self._is_suspicious()
+        free = _free(settings.sandbox)
+        usage, complete = _measure(settings)
+        within = usage.bytes <= settings.quota_bytes and usage.files <= settings.quota_files
+        if within and is_suspicious:
+            # What was unlinked while it is open takes room, but is nowhere in the tree.
+            hidden = _unlinked(os.stat(settings.sandbox).st_dev)
+            within = usage.bytes + hidden <= settings.quota_bytes
+        self._usage, self._free = usage, free
+        self._scanned = time.monotonic()
+        self._cost = self._scanned - started
+        if within and complete:
+            self._good_ns = started_ns - _CLOCK_SLACK_NS
+            with self._changed:
+                for key in uploaded:
+                    self._uploaded.pop(key, None)
+        elif not complete:
+            self.touched()
+        return within
+
+
+@dataclass(eq=False)
+class Upload:
+    """What an upload has taken of the quota."""
+
+    quota: Quota
+    files: int
+    size: int = 0
+
+    def metered(self, content: Iterable[bytes]) -> Iterator[bytes]:
+        """`content`, for which room is reserved before each piece; Failure `no_space`."""
+        self.quota.reserve(self, 0)
+        for piece in content:
+            self.quota.reserve(self, len(piece))
+            yield piece
+
+
+def _free(sandbox: str) -> _Usage:
+    state = os.statvfs(sandbox)
+    return _Usage(state.f_bfree * state.f_frsize, state.f_ffree)
+
+
+def _measure(settings: Settings) -> tuple[_Usage, bool]:
+    """What the sandbox holds, and whether all of it was seen."""
+    size = files = 0
+    linked: set[tuple[int, int]] = set()
+
+    def on_entry(_directory: int, _name: str, state: os.stat_result) -> None:
+        nonlocal size, files
+        files += 1
+        if state.st_nlink > 1 and not stat.S_ISDIR(state.st_mode):
+            key = (state.st_dev, state.st_ino)
+            if key in linked:
+                return
+            linked.add(key)
+        # Blocks may not be allocated yet, and small files take a whole one.
+        size += max(state.st_blocks * 512, state.st_size)
+        if files > settings.quota_files or size > settings.quota_bytes:
+            raise _EnoughError
+
+    try:
+        complete = tree.walk(settings.sandbox, on_entry)
+    except _EnoughError:
+        complete = False
+    return _Usage(size, files), complete
+
+
+def _unlinked(device: int) -> int:
+    """Bytes of files on `device` without a name that processes of this user hold open."""
+    found: dict[int, int] = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid != os.getuid():
+                continue
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    state = os.stat(f"/proc/{pid}/fd/{descriptor}")
+                    if state.st_dev == device and state.st_nlink == 0:
+                        found[state.st_ino] = max(state.st_blocks * 512, state.st_size)
+    return sum(found.values())
+
+
+def _remove(sandbox: str, is_surplus: Callable[[str, os.stat_result], bool]) -> int:
+    """Remove what is surplus: files and links, and directories that are empty then; how many."""
+    removed = 0
+
+    def on_entry(directory: int, name: str, state: os.stat_result) -> None:
+        nonlocal removed
+        if not stat.S_ISDIR(state.st_mode) and is_surplus(name, state):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=directory)
+                removed += 1
+
+    def on_leave(directory: int, name: str, state: os.stat_result) -> None:
+        nonlocal removed
+        if is_surplus(name, state):
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=directory)
+                removed += 1
+
+    tree.walk(sandbox, on_entry, on_leave)
+    return removed
