@@ -12,12 +12,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import IO
 
 from nox_runner import limits as resource_limits
 from nox_runner import orphans, tmpfs, usage
 from nox_runner.backend import ClientGoneError, Outcome
 from nox_runner.limits import Limits
+from nox_runner.output import Output
 from nox_runner.protocol import Status
 from nox_runner.tmpfs import Watch
 
@@ -38,25 +38,6 @@ _HARMLESS = {
     signal.SIGWINCH,
 }
 _DEADLY = {number for number in range(1, 32) if number not in _HARMLESS}
-
-
-class _Stream:
-    """What a run wrote to one of its outputs, up to a limit in bytes."""
-
-    def __init__(self, pipe: IO[bytes], limit: int) -> None:
-        self.pipe = pipe
-        self.content = bytearray()
-        self.truncated = False
-        self._limit = limit
-        os.set_blocking(pipe.fileno(), False)
-
-    def read(self) -> bool:
-        """Take one chunk; False at the end of the stream, BlockingIOError if there is none yet."""
-        data = os.read(self.pipe.fileno(), _CHUNK)
-        room = self._limit - len(self.content)
-        self.content += data[:room]
-        self.truncated = self.truncated or len(data) > room
-        return bool(data)
 
 
 class Supervision:
@@ -97,8 +78,8 @@ class Supervision:
         self._next_look = self._started + tmpfs.INTERVAL
         self._stdin = memoryview(stdin)
         assert bwrap.stdout is not None and bwrap.stderr is not None
-        self._stdout = _Stream(bwrap.stdout, limits.output)
-        self._stderr = _Stream(bwrap.stderr, limits.output)
+        self._stdout = Output(bwrap.stdout.fileno(), limits.output)
+        self._stderr = Output(bwrap.stderr.fileno(), limits.output)
         self._buried = False
         self._selector: selectors.BaseSelector
         self._closing = ExitStack()
@@ -143,8 +124,8 @@ class Supervision:
         self._register(ended, self._on_ended)
         os.set_blocking(self._status, False)
         self._register(self._status, self._on_status)
-        self._register(self._stdout.pipe, lambda: self._on_output(self._stdout))
-        self._register(self._stderr.pipe, lambda: self._on_output(self._stderr))
+        self._register(self._stdout.descriptor, lambda: self._on_output(self._stdout))
+        self._register(self._stderr.descriptor, lambda: self._on_output(self._stderr))
         if self._bwrap.stdin is not None:
             os.set_blocking(self._bwrap.stdin.fileno(), False)
             self._selector.register(self._bwrap.stdin, selectors.EVENT_WRITE, self._on_stdin)
@@ -203,15 +184,15 @@ class Supervision:
         self._deadline = self._started + self._limits.timeout
         self._next_look = self._started + tmpfs.INTERVAL
 
-    def _on_output(self, stream: _Stream) -> None:
+    def _on_output(self, stream: Output) -> None:
         try:
             more = stream.read()
         except BlockingIOError:
             return
         if not more:
-            self._selector.unregister(stream.pipe)
+            self._selector.unregister(stream.descriptor)
         elif stream.truncated:
-            self._selector.unregister(stream.pipe)
+            self._selector.unregister(stream.descriptor)
             self._kill("output_limit")
 
     def _on_stdin(self) -> None:
@@ -296,9 +277,7 @@ class Supervision:
     def _drain(self) -> None:
         """Read what was written last. No writer is left, so nothing here waits."""
         for stream in (self._stdout, self._stderr):
-            with contextlib.suppress(BlockingIOError):
-                while not stream.truncated and stream.read():
-                    pass
+            stream.drain()
 
     def _outcome(self) -> Outcome:
         told, exit_code, died_of = self._exit_code, None, None

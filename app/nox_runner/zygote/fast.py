@@ -1,0 +1,96 @@
+"""The backend that takes each run's sandbox from a pool of ready ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from nox_runner.backend import Outcome, Program
+from nox_runner.limits import Limits
+from nox_runner.settings import Settings
+from nox_runner.tmpfs import MAX_FILES
+from nox_runner.zygote.attempt import Attempt
+from nox_runner.zygote.pool import Plan, Pool
+
+_PATIENCE = 10.0
+_TRIES = 3
+
+
+class Zygote:
+    """Fresh namespaces for each run, made ahead; each is used once."""
+
+    name = "zygote"
+
+    def __init__(self, call_filter: bytes, settings: Callable[[], Settings]) -> None:
+        self._pool = Pool(call_filter)
+        self._settings = settings
+
+    def run(
+        self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
+    ) -> Outcome:
+        """See Backend.run."""
+        # The program's text is written to a file under the same limit.
+        text_size = os.fstat(program.source).st_size
+        limits = replace(limits, file_size=max(limits.file_size, text_size))
+        plan = self._plan(limits, sandbox)
+        for left in reversed(range(_TRIES)):
+            hatchling = self._pool.take(plan, _PATIENCE)
+            try:
+                attempt = Attempt(hatchling, program, limits, sandbox, client)
+            except (ConnectionError, ProcessLookupError):
+                hatchling.close()  # it died while it waited, with the zygote most likely
+                self._pool.refill()
+                if not left:
+                    raise
+                continue
+            except BaseException:
+                hatchling.close()
+                raise
+            try:
+                return attempt.run()
+            finally:
+                attempt.close()
+                hatchling.close()
+                self._pool.refill()
+        raise AssertionError("unreachable")
+
+    def _plan(self, limits: Limits, sandbox: str) -> Plan:
+        settings = self._settings()
+        state = os.stat(sandbox)
+        return Plan(
+            sandbox=sandbox,
+            # A directory that took the place of the old one has to be mounted anew.
+            sandbox_id=(state.st_dev, state.st_ino),
+            tmp_size=limits.tmp_size,
+            text_size=settings.max_body,
+            preimport=settings.preimport,
+            spare=max(4, 2 * settings.slots),
+        )
+
+    def enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.enforced."""
+        each = "each for /tmp and /dev/shm"
+        return {
+            "time": f"{limits.timeout:g} s, then all of the run is killed",
+            "cpu_time": "RLIMIT_CPU, time x cores",
+            "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
+            "processes": f"{limits.processes}, RLIMIT_NPROC",
+            "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
+            "output": f"{limits.output} bytes per stream",
+            "network": "none, own network namespace",
+            "system_files": "read-only, own mount namespace",
+            "capabilities": "none",
+            "system_calls": "seccomp allow-list",
+            "tmp_size": f"{limits.tmp_size} bytes {each}",
+            "tmp_files": f"{MAX_FILES} {each}",
+        }
+
+    def not_enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.not_enforced."""
+        return {
+            "memory_per_run": "no control group: each process has its own limit",
+            "cpu_share": "no control group",
+            "sandbox_size": "no quota is set on the sandbox",
+        }
