@@ -21,8 +21,11 @@ class Bubblewrap:
 
     name = "bubblewrap"
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, call_filter: bytes, instead_of: str = "") -> None:
+        """`instead_of` tells why this one is used where a faster one was wanted."""
         self._command = command
+        self._filter = call_filter
+        self._instead_of = instead_of
         self._watch = Watch()
 
     def run(
@@ -41,7 +44,7 @@ class Bubblewrap:
                 kept.callback(os.close, gate)
                 kept.callback(os.close, status)
                 options, descriptors = self._command.options(
-                    program, limits, sandbox, gate_read, status_write, inherited
+                    program, limits, sandbox, gate_read, status_write, inherited, self._filter
                 )
                 arguments = memory_file("arguments", options)
                 inherited.callback(os.close, arguments)
@@ -85,6 +88,7 @@ class Bubblewrap:
             "network": "none, own network namespace",
             "system_files": "read-only, own mount namespace",
             "capabilities": "none",
+            "system_calls": "seccomp allow-list",
         }
         each = "each for /tmp and /dev/shm"
         watched = "watched: a run that has more is killed"
@@ -102,8 +106,9 @@ class Bubblewrap:
             "memory_per_run": "no control group: each process has its own limit",
             "cpu_share": "no control group",
             "sandbox_size": "no quota is set on the sandbox",
-            "system_calls": "no seccomp filter",
         }
+        if self._instead_of:
+            missing["fast_start"] = self._instead_of
         if self._watch.blind:
             missing["tmp_files"] = self._watch.blind
             if not self._command.sizes_tmpfs:

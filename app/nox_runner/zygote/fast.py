@@ -56,6 +56,10 @@ class Zygote:
                 self._pool.refill()
         raise AssertionError("unreachable")
 
+    def close(self) -> None:
+        """Give up all that was made ahead."""
+        self._pool.close()
+
     def _plan(self, limits: Limits, sandbox: str) -> Plan:
         settings = self._settings()
         state = os.stat(sandbox)

@@ -90,7 +90,7 @@ class Pool:
         self._made_for: Plan | None = None
         self._failure = ""
         self._failures = 0
-        self._lent = 0
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def take(self, plan: Plan, patience: float) -> Hatchling:
@@ -117,11 +117,22 @@ class Pool:
         with self._changed:
             self._changed.notify_all()
 
+    def close(self) -> None:
+        """End the zygote and every sandbox of it, for good."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._stop()
+
     def _keep(self) -> None:
-        while True:
+        while not self._closed:
             with self._changed:
                 self._changed.wait_for(self._has_work, timeout=60)
                 plan, hurry = self._plan, len(self._ready) < 2
+            if self._closed:
+                return
             assert plan is not None
             if not hurry:
                 time.sleep(_BREATH)
@@ -140,7 +151,7 @@ class Pool:
 
     def _has_work(self) -> bool:
         plan = self._plan
-        return plan is not None and (
+        return self._closed or plan is not None and (
             self._made_for != plan or len(self._ready) < plan.spare or not self._is_alive()
         )
 
