@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
+from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.supervision import Supervision
 from nox_runner.tmpfs import MAX_FILES, Watch
@@ -21,10 +22,20 @@ class Bubblewrap:
 
     name = "bubblewrap"
 
-    def __init__(self, command: Command, call_filter: bytes, instead_of: str = "") -> None:
-        """`instead_of` tells why this one is used where a faster one was wanted."""
+    def __init__(
+        self,
+        command: Command,
+        call_filter: bytes,
+        groups: Groups | None,
+        why: str,
+        instead_of: str = "",
+    ) -> None:
+        """`why` tells why there are no control groups, if there are none; `instead_of` why this
+        one is used where a faster one was wanted."""
         self._command = command
         self._filter = call_filter
+        self._groups = groups
+        self._why = why
         self._instead_of = instead_of
         self._watch = Watch()
 
@@ -35,6 +46,22 @@ class Bubblewrap:
         # bubblewrap copies the program's text to a file under the same limit.
         text_size = os.fstat(program.source).st_size
         limits = replace(limits, file_size=max(limits.file_size, text_size))
+        if self._groups is None:
+            return self._run(program, limits, sandbox, client, None)
+        group = self._groups.make(limits)
+        try:
+            return self._run(program, limits, sandbox, client, group)
+        finally:
+            group.remove()
+
+    def _run(
+        self,
+        program: Program,
+        limits: Limits,
+        sandbox: str,
+        client: socket.socket | None,
+        group: Group | None,
+    ) -> Outcome:
         with ExitStack() as inherited:
             gate_read, gate = os.pipe()
             inherited.callback(os.close, gate_read)
@@ -69,6 +96,7 @@ class Bubblewrap:
                 limits=limits,
                 watch=self._watch,
                 client=client,
+                group=group,
             )
         # Here this side has closed what bubblewrap inherited, so that each pipe has an end.
         try:
@@ -98,14 +126,13 @@ class Bubblewrap:
             enforced["tmp_size"] = f"{limits.tmp_size} bytes {each}, {watched}"
         if not self._watch.blind:
             enforced["tmp_files"] = f"{MAX_FILES} {each}, {watched}"
-        return enforced
+        return {**enforced, **(self._groups.enforced(limits) if self._groups else {})}
 
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         missing = {
-            "memory_per_run": "no control group: each process has its own limit",
-            "cpu_share": "no control group",
             "sandbox_size": "no quota is set on the sandbox",
+            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
         if self._instead_of:
             missing["fast_start"] = self._instead_of
@@ -114,7 +141,7 @@ class Bubblewrap:
             if not self._command.sizes_tmpfs:
                 version = ".".join(map(str, self._command.version))
                 missing["tmp_size"] = f"bubblewrap {version} has no --size; {self._watch.blind}"
-        if _kernel() < (5, 14):
+        if _kernel() < (5, 14) and not (self._groups and "pids" in self._groups.controllers):
             missing["processes_per_run"] = (
                 "before Linux 5.14 the limit on processes counts all runs together"
             )

@@ -1,13 +1,11 @@
 """Tries each wall and limit of the sandbox it is run in. Its text is given to a run, as a program.
 
 Arguments: JSON of what proof.py expects. Prints JSON: by name what is open ("walls") and what
-does not hold ("limits"), with what was seen. Python 3.6 syntax at most: the interpreter is the
-host's own.
+does not hold ("limits"), with what was seen. The interpreter is the host's own.
 """
 
 
-def _probe():
-    # type: () -> None
+def _probe() -> None:
     import ctypes
     import errno
     import json
@@ -20,8 +18,7 @@ def _probe():
     walls = {}
     limits = {}
 
-    def read(path):
-        # type: (str) -> str
+    def read(path: str) -> str:
         with open(path) as file:
             return file.read()
 
@@ -43,7 +40,7 @@ def _probe():
             pass
     processes = [name for name in os.listdir("/proc") if name.isdigit()]
     if len(processes) > 4:
-        walls["processes"] = "%d processes are seen" % len(processes)
+        walls["processes"] = f"{len(processes)} processes are seen"
     status = dict(line.split(":\t", 1) for line in read("/proc/self/status").splitlines())
     kept = [name for name in status if name.startswith("Cap") and int(status[name], 16)]
     if kept or status.get("NoNewPrivs") != "1":
@@ -55,7 +52,7 @@ def _probe():
         walls["system_calls"] = "no seccomp filter"
     for pid in processes:
         try:
-            names = {line.partition("=")[0] for line in read("/proc/%s/environ" % pid).split("\0")}
+            names = {line.partition("=")[0] for line in read(f"/proc/{pid}/environ").split("\0")}
         except OSError:
             continue
         if names - set(expected["environment"]) - {""}:
@@ -66,9 +63,10 @@ def _probe():
         with open(place + "/nox-proof", "w") as file:
             file.write("able")
     for name, most in expected["resources"].items():
-        if resource.getrlimit(getattr(resource, name))[0] not in range(most + 1):
-            limits[name.lower()] = "is %d" % resource.getrlimit(getattr(resource, name))[0]
-    with open("nox-proof-%d" % os.getpid(), "w") as file:
+        soft, hard = resource.getrlimit(getattr(resource, name))
+        if not 0 <= soft <= most or hard != soft:
+            limits[name.lower()] = f"is {soft}, {hard} at most"
+    with open(f"nox-proof-{os.getpid()}", "w") as file:
         file.write("able")
     os.unlink(file.name)
     # Long enough for the watch over temporary files to have looked once.

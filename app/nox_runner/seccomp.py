@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ALLOWED = """
+_NAMES = """
     _llseek _newselect accept accept4 access alarm arch_prctl bind brk cachestat capget capset
     chdir chmod chown clock_getres clock_gettime clock_nanosleep close close_range connect
     copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old
@@ -45,7 +45,7 @@ _ALLOWED = """
     time timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create
     timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime
     utimensat utimes vfork vmsplice wait4 waitid write writev
-""".split()
+"""
 
 # Younger than the libseccomp of the oldest hosts. From 424 on all processors share the numbers.
 _YOUNG = {
@@ -100,7 +100,7 @@ def program() -> bytes:
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     with _context(library) as context:
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
-        for name in _ALLOWED:
+        for name in _NAMES.split():
             number = library.seccomp_syscall_resolve_name(name.encode())
             _add(library, context, _ALLOW, number if number >= 0 else _YOUNG.get(name, -1), ())
         for name, alternatives in _CONDITIONAL.items():

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from nox_runner import limits as resource_limits
 from nox_runner import orphans, tmpfs, usage
 from nox_runner.backend import ClientGoneError, Outcome
+from nox_runner.control_group import Group
 from nox_runner.limits import Limits
 from nox_runner.output import Output
 from nox_runner.protocol import Status
@@ -57,8 +58,10 @@ class Supervision:
         limits: Limits,
         watch: Watch,
         client: socket.socket | None,
+        group: Group | None,
     ) -> None:
         self._bwrap = bwrap
+        self._group = group
         self._limits = limits
         self._watch = watch
         self._client = client
@@ -132,9 +135,7 @@ class Supervision:
         if self._client is not None:
             self._register(self._client, self._on_client)
 
-    def _register(
-        self, source: int | IO[bytes] | socket.socket, handle: Callable[[], None]
-    ) -> None:
+    def _register(self, source: int | socket.socket, handle: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, handle)
 
     def _on_ended(self) -> None:
@@ -178,6 +179,8 @@ class Supervision:
         # Its init is in the run's own user namespace since its clone, so no other run's processes
         # count, and bubblewrap lets no program begin before the gate is open.
         resource_limits.apply(self._init, self._limits)
+        if self._group is not None:
+            self._group.add(self._init)
         os.close(self._gate)
         self._gate = None
         self._started = time.monotonic()
@@ -257,6 +260,9 @@ class Supervision:
         # waiting for ever. It is killed when it is told.
         if self._init is not None and self._init_handle is not None:
             self._usage = usage.sample(self._init)
+            if self._group is not None:
+                cpu_ms = max(self._usage.cpu_ms, self._group.cpu_ms())
+                self._usage = usage.Usage(cpu_ms, self._usage.max_rss_bytes)
             _kill(self._init_handle)
 
     def _bury(self) -> None:
@@ -286,6 +292,8 @@ class Supervision:
             status = self._verdict
         elif self._stdout.truncated or self._stderr.truncated:
             status = "output_limit"
+        elif told in (None, 128 + signal.SIGKILL) and self._group and self._group.out_of_memory():
+            status = "memory_limit"
         elif told is None:
             status = "sandbox_error"  # bubblewrap ended before the program began
         elif told - 128 in _DEADLY:
@@ -302,7 +310,7 @@ class Supervision:
             stderr_truncated=self._stderr.truncated,
             duration_ms=round((self._finished - self._started) * 1000),
             cpu_ms=self._usage.cpu_ms,
-            max_rss_bytes=self._usage.max_rss_bytes,
+            max_rss_bytes=max(self._usage.max_rss_bytes, self._group.peak() if self._group else 0),
         )
 
 

@@ -186,6 +186,9 @@ class Attempt:
         self._verdict = verdict
         self._deadline = time.monotonic() + _KILL_SECONDS
         self._usage = usage.sample(self._hatchling.pid)
+        if self._hatchling.group is not None:
+            cpu_ms = max(self._usage.cpu_ms, self._hatchling.group.cpu_ms())
+            self._usage = usage.Usage(cpu_ms, self._usage.max_rss_bytes)
         # Its end closes the report's pipe, and so is seen.
         self._hatchling.kill()
 
@@ -202,10 +205,17 @@ class Attempt:
             else:
                 exit_code = os.WEXITSTATUS(told)
                 status = "ok" if exit_code == 0 else "error"
+        group = self._hatchling.group
+        if group is not None:
+            rss = max(rss, group.peak())
         if self._verdict is not None:
             status, exit_code, died_of = self._verdict, None, None
         elif self._stdout.truncated or self._stderr.truncated:
             status, exit_code, died_of = "output_limit", None, None
+        elif (self._report is None or died_of == signal.SIGKILL) and (
+            group is not None and group.out_of_memory()
+        ):
+            status, exit_code, died_of = "memory_limit", None, None
         elif self._report is None:
             # Nothing inside can kill the init. The kernel does, for want of memory.
             status, died_of = "error", int(signal.SIGKILL)

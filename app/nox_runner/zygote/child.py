@@ -309,7 +309,6 @@ def _quietly(action: Callable[[], object]) -> None:
             object=None,
         )
         try:
-            hook(details)  # type: ignore[arg-type]
+            hook(details)
         except BaseException:
             return
-

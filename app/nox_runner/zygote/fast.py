@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from nox_runner.backend import Outcome, Program
+from nox_runner.control_group import Groups
 from nox_runner.limits import Limits
 from nox_runner.settings import Settings
 from nox_runner.tmpfs import MAX_FILES
@@ -23,9 +24,14 @@ class Zygote:
 
     name = "zygote"
 
-    def __init__(self, call_filter: bytes, settings: Callable[[], Settings]) -> None:
-        self._pool = Pool(call_filter)
+    def __init__(
+        self, call_filter: bytes, settings: Callable[[], Settings], groups: Groups | None, why: str
+    ) -> None:
+        """`why` tells why there are no control groups, if there are none."""
+        self._pool = Pool(call_filter, groups)
         self._settings = settings
+        self._groups = groups
+        self._why = why
 
     def run(
         self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
@@ -34,40 +40,39 @@ class Zygote:
         # The program's text is written to a file under the same limit.
         text_size = os.fstat(program.source).st_size
         limits = replace(limits, file_size=max(limits.file_size, text_size))
-        plan = self._plan(limits, sandbox)
+        plan = self._plan(sandbox)
         for left in reversed(range(_TRIES)):
             hatchling = self._pool.take(plan, _PATIENCE)
             try:
                 attempt = Attempt(hatchling, program, limits, sandbox, client)
             except (ConnectionError, ProcessLookupError):
-                hatchling.close()  # it died while it waited, with the zygote most likely
-                self._pool.refill()
+                # It died while it waited, with the zygote most likely.
+                self._pool.give_back(hatchling)
                 if not left:
                     raise
                 continue
             except BaseException:
-                hatchling.close()
+                self._pool.give_back(hatchling)
                 raise
             try:
                 return attempt.run()
             finally:
                 attempt.close()
-                hatchling.close()
-                self._pool.refill()
+                self._pool.give_back(hatchling)
         raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Give up all that was made ahead."""
         self._pool.close()
 
-    def _plan(self, limits: Limits, sandbox: str) -> Plan:
+    def _plan(self, sandbox: str) -> Plan:
         settings = self._settings()
         state = os.stat(sandbox)
         return Plan(
             sandbox=sandbox,
             # A directory that took the place of the old one has to be mounted anew.
             sandbox_id=(state.st_dev, state.st_ino),
-            tmp_size=limits.tmp_size,
+            limits=Limits.of(settings, settings.timeout),
             text_size=settings.max_body,
             preimport=settings.preimport,
             spare=max(4, 2 * settings.slots),
@@ -89,12 +94,12 @@ class Zygote:
             "system_calls": "seccomp allow-list",
             "tmp_size": f"{limits.tmp_size} bytes {each}",
             "tmp_files": f"{MAX_FILES} {each}",
+            **(self._groups.enforced(limits) if self._groups else {}),
         }
 
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         return {
-            "memory_per_run": "no control group: each process has its own limit",
-            "cpu_share": "no control group",
             "sandbox_size": "no quota is set on the sandbox",
+            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }

@@ -187,9 +187,7 @@ def _hatch(config: dict[str, Any], control: socket.socket) -> None:
         if pid == 0:
             child.init(config, job, report)
         sent = array.array("i", [runner_side.fileno(), told, handle])
-        control.sendmsg(
-            [CHILD + str(pid).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)]
-        )
+        control.sendmsg([CHILD + str(pid).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)])
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise

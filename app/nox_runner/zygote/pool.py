@@ -1,4 +1,4 @@
-"""Keeps sandboxes ready: starts the zygote, asks it for more, and starts it anew when it is gone."""
+"""Keeps sandboxes ready: starts the zygote, asks it for more, replaces it when it is gone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import nox_runner
 from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
+from nox_runner.control_group import Group, Groups
+from nox_runner.limits import Limits
 from nox_runner.log import log
 from nox_runner.tmpfs import MAX_FILES
 from nox_runner.zygote import child, nest
@@ -44,7 +46,7 @@ class Plan:
 
     sandbox: str
     sandbox_id: tuple[int, int]
-    tmp_size: int
+    limits: Limits
     text_size: int
     preimport: tuple[str, ...]
     spare: int
@@ -60,6 +62,7 @@ class Hatchling:
     job: socket.socket
     pid: int
     spent_us: int
+    group: Group | None = None
 
     def kill(self) -> None:
         """End all of its processes; returns at once."""
@@ -75,15 +78,19 @@ class Hatchling:
         # Its parent is the zygote; if that one died, this process has inherited it.
         with suppress(ChildProcessError):
             os.waitpid(self.init, os.WNOHANG)
+        if self.group is not None:
+            self.group.remove()
 
 
 class Pool:
     """Sandboxes for one plan at a time. One thread of its own does all that takes time."""
 
-    def __init__(self, call_filter: bytes) -> None:
+    def __init__(self, call_filter: bytes, groups: Groups | None) -> None:
         self._filter = call_filter
+        self._groups = groups
         self._changed = threading.Condition()
         self._ready: deque[Hatchling] = deque()
+        self._spent: deque[Hatchling] = deque()
         self._plan: Plan | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -112,9 +119,11 @@ class Pool:
                 self._changed.wait(left)
             return self._ready.popleft()
 
-    def refill(self) -> None:
-        """Say that one that was taken has come to its end."""
+    def give_back(self, hatchling: Hatchling) -> None:
+        """What was taken has come to its end, or is to: it is closed, and another one made."""
+        hatchling.kill()
         with self._changed:
+            self._spent.append(hatchling)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -125,6 +134,7 @@ class Pool:
         if self._thread is not None:
             self._thread.join()
         self._stop()
+        self._bury()
 
     def _keep(self) -> None:
         while not self._closed:
@@ -133,9 +143,11 @@ class Pool:
                 plan, hurry = self._plan, len(self._ready) < 2
             if self._closed:
                 return
-            assert plan is not None
             if not hurry:
                 time.sleep(_BREATH)
+            self._bury()
+            if plan is None:
+                continue
             try:
                 if self._made_for != plan or not self._is_alive():
                     self._stop()
@@ -146,12 +158,19 @@ class Pool:
                         self._ready.append(hatchling)
                         self._failure = ""
                         self._changed.notify_all()
+                    self._bury()
             except (OSError, ValueError, struct.error) as error:
                 self._fail(str(error))
 
+    def _bury(self) -> None:
+        while self._spent:
+            self._spent.popleft().close()
+
     def _has_work(self) -> bool:
         plan = self._plan
-        return self._closed or plan is not None and (
+        if self._closed or self._spent:
+            return True
+        return plan is not None and (
             self._made_for != plan or len(self._ready) < plan.spare or not self._is_alive()
         )
 
@@ -232,6 +251,10 @@ class Pool:
         try:
             job.settimeout(_HATCH_SECONDS)
             hatchling.pid, hatchling.spent_us = _greeting(job)
+            if self._groups is not None and self._plan is not None:
+                hatchling.group = self._groups.make(self._plan.limits)
+                for pid in (hatchling.init, hatchling.pid):
+                    hatchling.group.add(pid)
         except BaseException:
             hatchling.close()
             raise
@@ -276,7 +299,7 @@ def _config(plan: Plan, call_filter: int) -> dict[str, object]:
         "uid": os.getuid(),
         "gid": os.getgid(),
         "sandbox": plan.sandbox,
-        "tmp_size": plan.tmp_size,
+        "tmp_size": plan.limits.tmp_size,
         "tmp_files": MAX_FILES,
         "run_size": RUN_SIZE + plan.text_size,
         "preimport": plan.preimport,
@@ -285,5 +308,3 @@ def _config(plan: Plan, call_filter: int) -> dict[str, object]:
         "links": links,
         "files": etc(plan.sandbox),
     }
-
-
