@@ -10,7 +10,7 @@ import socket
 import sys
 
 from nox_runner import __version__, listing, orphans, settings, systemd
-from nox_runner.bubblewrap import Bubblewrap
+from nox_runner.choice import choose
 from nox_runner.command import Command
 from nox_runner.log import log, set_level
 from nox_runner.operations import Service
@@ -41,13 +41,20 @@ def main() -> int:
         return 1
     _raise_open_files()
     os.umask(0o022)
-    service = Service(current, Bubblewrap(Command(arguments.bwrap)))
+    service: Service | None = None
+    try:
+        backend = choose(Command(arguments.bwrap), lambda: service.settings if service else current)
+    except OSError as error:
+        log("error", "start_failed", reason=str(error))
+        return 1
+    service = Service(current, backend)
     if removed := listing.remove_leftovers(current.sandbox):
         log("info", "leftovers_removed", uploads=removed)
     service.quota.start()
     service.proof.able()
 
     def reload() -> None:
+        assert service is not None
         try:
             service.settings = _read(arguments.settings)
         except SettingsError as error:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
+from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.supervision import Supervision
 from nox_runner.tmpfs import MAX_FILES, Watch
@@ -21,8 +22,21 @@ class Bubblewrap:
 
     name = "bubblewrap"
 
-    def __init__(self, command: Command) -> None:
+    def __init__(
+        self,
+        command: Command,
+        call_filter: bytes,
+        groups: Groups | None,
+        why: str,
+        instead_of: str = "",
+    ) -> None:
+        """`why` tells why there are no control groups, if there are none; `instead_of` why this
+        one is used where a faster one was wanted."""
         self._command = command
+        self._filter = call_filter
+        self._groups = groups
+        self._why = why
+        self._instead_of = instead_of
         self._watch = Watch()
 
     def run(
@@ -32,6 +46,22 @@ class Bubblewrap:
         # bubblewrap copies the program's text to a file under the same limit.
         text_size = os.fstat(program.source).st_size
         limits = replace(limits, file_size=max(limits.file_size, text_size))
+        if self._groups is None:
+            return self._run(program, limits, sandbox, client, None)
+        group = self._groups.make(limits)
+        try:
+            return self._run(program, limits, sandbox, client, group)
+        finally:
+            group.remove()
+
+    def _run(
+        self,
+        program: Program,
+        limits: Limits,
+        sandbox: str,
+        client: socket.socket | None,
+        group: Group | None,
+    ) -> Outcome:
         with ExitStack() as inherited:
             gate_read, gate = os.pipe()
             inherited.callback(os.close, gate_read)
@@ -41,7 +71,7 @@ class Bubblewrap:
                 kept.callback(os.close, gate)
                 kept.callback(os.close, status)
                 options, descriptors = self._command.options(
-                    program, limits, sandbox, gate_read, status_write, inherited
+                    program, limits, sandbox, gate_read, status_write, inherited, self._filter
                 )
                 arguments = memory_file("arguments", options)
                 inherited.callback(os.close, arguments)
@@ -66,6 +96,7 @@ class Bubblewrap:
                 limits=limits,
                 watch=self._watch,
                 client=client,
+                group=group,
             )
         # Here this side has closed what bubblewrap inherited, so that each pipe has an end.
         try:
@@ -85,6 +116,7 @@ class Bubblewrap:
             "network": "none, own network namespace",
             "system_files": "read-only, own mount namespace",
             "capabilities": "none",
+            "system_calls": "seccomp allow-list",
         }
         each = "each for /tmp and /dev/shm"
         watched = "watched: a run that has more is killed"
@@ -94,21 +126,21 @@ class Bubblewrap:
             enforced["tmp_size"] = f"{limits.tmp_size} bytes {each}, {watched}"
         if not self._watch.blind:
             enforced["tmp_files"] = f"{MAX_FILES} {each}, {watched}"
-        return enforced
+        return {**enforced, **(self._groups.enforced(limits) if self._groups else {})}
 
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         missing = {
-            "memory_per_run": "no control group: each process has its own limit",
-            "cpu_share": "no control group",
-            "system_calls": "no seccomp filter",
+            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
+        if self._instead_of:
+            missing["fast_start"] = self._instead_of
         if self._watch.blind:
             missing["tmp_files"] = self._watch.blind
             if not self._command.sizes_tmpfs:
                 version = ".".join(map(str, self._command.version))
                 missing["tmp_size"] = f"bubblewrap {version} has no --size; {self._watch.blind}"
-        if _kernel() < (5, 14):
+        if _kernel() < (5, 14) and not (self._groups and "pids" in self._groups.controllers):
             missing["processes_per_run"] = (
                 "before Linux 5.14 the limit on processes counts all runs together"
             )

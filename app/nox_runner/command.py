@@ -5,6 +5,7 @@ Only options of bubblewrap 0.6.1 (Ubuntu 22.04) are used unconditionally.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import pwd
@@ -12,7 +13,6 @@ import re
 import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import PurePosixPath
 
 from nox_runner import bootstrap, tmpfs
@@ -22,9 +22,9 @@ from nox_runner.limits import Limits
 SOURCES = {"python": "/run/nox/main.py", "sh": "/run/nox/main.sh"}
 """Where the program's text is seen from inside."""
 
-_ROOTS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
-_ETC_FROM_HOST = ("/etc/alternatives", "/etc/ld.so.cache")
-_RUN_SIZE = 1 << 20
+ROOTS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
+ETC_FROM_HOST = ("/etc/alternatives", "/etc/ld.so.cache")
+RUN_SIZE = 1 << 20
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
 _BOOTSTRAP = inspect.getsource(bootstrap).replace(bootstrap.__doc__ or "", "", 1)
@@ -36,7 +36,7 @@ class Command:
 
     path: str = "/usr/bin/bwrap"
 
-    @cached_property
+    @functools.cached_property
     def version(self) -> tuple[int, ...]:
         """Such as (0, 6, 1)."""
         try:
@@ -74,6 +74,7 @@ class Command:
         gate: int,
         status: int,
         open_fds: ExitStack,
+        call_filter: bytes,
     ) -> tuple[bytes, list[int]]:
         """What goes through --args, NUL-separated, and the descriptors it refers to.
 
@@ -88,7 +89,12 @@ class Command:
             *("--block-fd", str(gate), "--json-status-fd", str(status)),
             *("--ro-bind", "/usr", "/usr"),
         ]
-        for name in _ROOTS:
+        if call_filter:
+            descriptor = memory_file("seccomp", call_filter)
+            open_fds.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            options += ["--seccomp", str(descriptor)]
+        for name in ROOTS:
             options += _root(name)
         options += ["--proc", "/proc", "--dev", "/dev"]
         for path in ("/etc", "/run", "/var"):
@@ -98,15 +104,15 @@ class Command:
         # Bounded together with /tmp.
         options += ["--symlink", "/tmp", "/var/tmp"]
         if self.sizes_tmpfs:
-            options += self._tmpfs("/run", _RUN_SIZE)  # otherwise it is part of /, read-only
+            options += self._tmpfs("/run", RUN_SIZE)  # otherwise it is part of /, read-only
         # Without --perms the file would be the owner's only; a umask may forbid even that.
         options += ["--perms", "0444", "--ro-bind-data"]
         options += [str(program.source), SOURCES[program.language]]
-        for path in _ETC_FROM_HOST:
+        for path in ETC_FROM_HOST:
             options += ["--ro-bind-try", path, path]
         if os.path.islink("/etc/localtime"):
             options += ["--symlink", os.readlink("/etc/localtime"), "/etc/localtime"]
-        for path, text in _etc(sandbox).items():
+        for path, text in etc(sandbox).items():
             descriptor = memory_file(path, text.encode())
             open_fds.callback(os.close, descriptor)
             descriptors.append(descriptor)
@@ -116,16 +122,7 @@ class Command:
         options += ["--bind", sandbox, sandbox, "--chdir", sandbox]
         # bubblewrap builds / and /dev on tmpfs, writable and unbounded.
         options += ["--remount-ro", "/dev", "--remount-ro", "/"]
-        environment = {
-            "HOME": sandbox,
-            "LANG": "C.UTF-8",
-            "PATH": _PATH,
-            "TMPDIR": "/tmp",
-            "USER": _user(),
-            **program.env,
-            "NOX_RUN_ID": program.run_id,
-        }
-        for name, value in environment.items():
+        for name, value in environment(program, sandbox).items():
             options += ["--setenv", name, value]
         return b"".join(option.encode() + b"\0" for option in options), descriptors
 
@@ -143,6 +140,19 @@ def memory_file(name: str, content: bytes = b"") -> int:
     return descriptor
 
 
+def environment(program: Program, sandbox: str) -> dict[str, str]:
+    """The environment of a run."""
+    return {
+        "HOME": sandbox,
+        "LANG": "C.UTF-8",
+        "PATH": _PATH,
+        "TMPDIR": "/tmp",
+        "USER": _user(),
+        **program.env,
+        "NOX_RUN_ID": program.run_id,
+    }
+
+
 def _root(name: str) -> list[str]:
     """/bin and its like as the host has them: links into /usr, or directories of their own."""
     path = f"/{name}"
@@ -158,6 +168,7 @@ def _directory(path: str) -> list[str]:
     return ["--perms", "0755", "--dir", path]
 
 
+@functools.cache
 def _user() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_name
@@ -165,7 +176,7 @@ def _user() -> str:
         return "nox"
 
 
-def _etc(sandbox: str) -> dict[str, str]:
+def etc(sandbox: str) -> dict[str, str]:
     """The few files of /etc that ordinary programs look for. The host's /etc stays outside."""
     user, uid, gid = _user(), os.getuid(), os.getgid()
     return {

@@ -91,7 +91,7 @@ class Service:
         limits = Limits.of(self.settings, self.settings.timeout)
         # A backend that does not work cannot tell what it enforces.
         enforced = self.backend.enforced(limits) if able else {}
-        not_enforced = self.backend.not_enforced(limits) if able else {}
+        not_enforced = {**self.backend.not_enforced(limits), **self.proof.missing} if able else {}
         return protocol.HealthReply(
             able=able and not self.stopping,
             reason="the runner is stopping" if self.stopping else self.proof.reason,

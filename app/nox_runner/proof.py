@@ -1,12 +1,15 @@
-"""The proof that the sandbox works on this host: a tiny program, really run."""
+"""The proof that the sandbox works on this host: a program that tries its walls, really run."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import threading
 import time
 from collections.abc import Callable
 
+from nox_runner import probe
 from nox_runner.backend import Backend, Outcome, Program
 from nox_runner.command import memory_file
 from nox_runner.limits import Limits
@@ -15,9 +18,10 @@ from nox_runner.settings import Settings
 
 _RETRY_SECONDS = 3.0
 _TIMEOUT = 10.0
-# Long enough for the watch over temporary files to have looked once.
-_PROGRAM = b"echo able >/tmp/proof; sleep 0.1; exec /bin/cat /tmp/proof"
-_EXPECTED = b"able\n"
+_PROGRAM = inspect.getsource(probe).encode()
+_NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
+_HOSTS_OWN = ("/tmp", "/dev/shm")
+_ENVIRONMENT = ("HOME", "LANG", "LC_CTYPE", "NOX_RUN_ID", "PATH", "PWD", "TMPDIR", "USER")
 
 
 class Proof:
@@ -31,6 +35,8 @@ class Proof:
         self._doubted = False
         self.reason = "not tried yet"
         """Why the sandbox does not work; empty if it does."""
+        self.missing: dict[str, str] = {}
+        """By name the limits that were seen not to hold, and what was seen."""
 
     def doubt(self) -> None:
         """A run could not be started: look again soon. Until then it counts as a single case."""
@@ -55,7 +61,7 @@ class Proof:
         except OSError as error:
             reason = f"the sandbox does not start: {error}"
         else:
-            reason = "" if outcome.stdout == _EXPECTED else _explain(outcome)
+            reason, self.missing = _judge(outcome)
         self.reason = reason
         self._tried = time.monotonic()
         if reason:
@@ -67,13 +73,35 @@ class Proof:
         settings = self._settings()
         source = memory_file("proof", _PROGRAM)
         try:
-            program = Program("proof", "sh", source, None, [], {})
             limits = Limits.of(settings, max(settings.timeout, _TIMEOUT))
+            expected = json.dumps(_expectation(limits))
+            program = Program("proof", "python", source, None, [expected], {})
             return self._backend.run(program, limits, settings.sandbox, None)
         finally:
             os.close(source)
 
 
-def _explain(outcome: Outcome) -> str:
-    told = outcome.stderr.decode("utf-8", "replace").strip()
-    return f"a trial run ended with {outcome.status}: {told or 'no message'}"
+def _expectation(limits: Limits) -> dict[str, object]:
+    return {
+        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES},
+        "devices": [os.stat(path).st_dev for path in _HOSTS_OWN if os.path.exists(path)],
+        "environment": _ENVIRONMENT,
+        "resources": {
+            "RLIMIT_CORE": 0,
+            "RLIMIT_DATA": limits.memory,
+            "RLIMIT_NPROC": limits.processes,
+            "RLIMIT_FSIZE": max(limits.file_size, len(_PROGRAM)),
+        },
+    }
+
+
+def _judge(outcome: Outcome) -> tuple[str, dict[str, str]]:
+    """Why the sandbox does not do, or nothing; and by name the limits that do not hold."""
+    try:
+        found = json.loads(outcome.stdout)
+        walls, limits = dict(found["walls"]), dict(found["limits"])
+    except (ValueError, KeyError, TypeError):
+        told = outcome.stderr.decode("utf-8", "replace").strip()
+        return f"a trial run ended with {outcome.status}: {told or 'no message'}", {}
+    told = "; ".join(f"{name}: {seen}" for name, seen in walls.items())
+    return (f"the sandbox is open: {told}" if told else ""), limits

@@ -20,6 +20,12 @@ _LEVELS = ("debug", "info", "warning", "error")
 _SYSTEM_TREES = ("/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/run", "/sbin", "/sys", "/usr")
 _SHARED_DIRECTORIES = ("/", "/home", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/tmp")
 
+BACKENDS = ("auto", "zygote", "bubblewrap")
+PREIMPORT = (
+    *("collections", "dataclasses", "datetime", "functools", "itertools", "json", "math"),
+    *("random", "re", "subprocess", "time", "typing"),
+)
+
 
 class SettingsError(Exception):
     """The file cannot be used; the message names file, line, key and cause, never a secret."""
@@ -55,6 +61,8 @@ class Settings:
     keep_days: int = 0
     shell_policy: bool = True
     log_level: str = "info"
+    backend: str = "auto"
+    preimport: tuple[str, ...] = PREIMPORT
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -124,6 +132,20 @@ def _level(text: str) -> str:
     return text.lower()
 
 
+def _backend(text: str) -> str:
+    if text.lower() not in BACKENDS:
+        raise ValueError("must be one of " + ", ".join(BACKENDS))
+    return text.lower()
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError("must be names of Python modules, separated by commas")
+    return names
+
+
 _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_BIND_ADDR": ("bind_addr", _address),
     "NOX_PORT": ("port", _whole(1, 65535)),
@@ -144,6 +166,8 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_KEEP_DAYS": ("keep_days", _whole(0, 36_500)),
     "NOX_SHELL_POLICY": ("shell_policy", _switch),
     "NOX_LOG_LEVEL": ("log_level", _level),
+    "NOX_BACKEND": ("backend", _backend),
+    "NOX_PREIMPORT": ("preimport", _modules),
 }
 TOKEN_KEY = "NOX_API_TOKEN"
 

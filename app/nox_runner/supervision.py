@@ -12,12 +12,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import IO
 
 from nox_runner import limits as resource_limits
 from nox_runner import orphans, tmpfs, usage
 from nox_runner.backend import ClientGoneError, Outcome
+from nox_runner.control_group import Group
 from nox_runner.limits import Limits
+from nox_runner.output import Output
 from nox_runner.protocol import Status
 from nox_runner.tmpfs import Watch
 
@@ -40,25 +41,6 @@ _HARMLESS = {
 _DEADLY = {number for number in range(1, 32) if number not in _HARMLESS}
 
 
-class _Stream:
-    """What a run wrote to one of its outputs, up to a limit in bytes."""
-
-    def __init__(self, pipe: IO[bytes], limit: int) -> None:
-        self.pipe = pipe
-        self.content = bytearray()
-        self.truncated = False
-        self._limit = limit
-        os.set_blocking(pipe.fileno(), False)
-
-    def read(self) -> bool:
-        """Take one chunk; False at the end of the stream, BlockingIOError if there is none yet."""
-        data = os.read(self.pipe.fileno(), _CHUNK)
-        room = self._limit - len(self.content)
-        self.content += data[:room]
-        self.truncated = self.truncated or len(data) > room
-        return bool(data)
-
-
 class Supervision:
     """Watches a started bubblewrap. Its program waits at the `gate` until it has its limits.
 
@@ -76,8 +58,10 @@ class Supervision:
         limits: Limits,
         watch: Watch,
         client: socket.socket | None,
+        group: Group | None,
     ) -> None:
         self._bwrap = bwrap
+        self._group = group
         self._limits = limits
         self._watch = watch
         self._client = client
@@ -97,8 +81,8 @@ class Supervision:
         self._next_look = self._started + tmpfs.INTERVAL
         self._stdin = memoryview(stdin)
         assert bwrap.stdout is not None and bwrap.stderr is not None
-        self._stdout = _Stream(bwrap.stdout, limits.output)
-        self._stderr = _Stream(bwrap.stderr, limits.output)
+        self._stdout = Output(bwrap.stdout.fileno(), limits.output)
+        self._stderr = Output(bwrap.stderr.fileno(), limits.output)
         self._buried = False
         self._selector: selectors.BaseSelector
         self._closing = ExitStack()
@@ -143,17 +127,15 @@ class Supervision:
         self._register(ended, self._on_ended)
         os.set_blocking(self._status, False)
         self._register(self._status, self._on_status)
-        self._register(self._stdout.pipe, lambda: self._on_output(self._stdout))
-        self._register(self._stderr.pipe, lambda: self._on_output(self._stderr))
+        self._register(self._stdout.descriptor, lambda: self._on_output(self._stdout))
+        self._register(self._stderr.descriptor, lambda: self._on_output(self._stderr))
         if self._bwrap.stdin is not None:
             os.set_blocking(self._bwrap.stdin.fileno(), False)
             self._selector.register(self._bwrap.stdin, selectors.EVENT_WRITE, self._on_stdin)
         if self._client is not None:
             self._register(self._client, self._on_client)
 
-    def _register(
-        self, source: int | IO[bytes] | socket.socket, handle: Callable[[], None]
-    ) -> None:
+    def _register(self, source: int | socket.socket, handle: Callable[[], None]) -> None:
         self._selector.register(source, selectors.EVENT_READ, handle)
 
     def _on_ended(self) -> None:
@@ -197,21 +179,23 @@ class Supervision:
         # Its init is in the run's own user namespace since its clone, so no other run's processes
         # count, and bubblewrap lets no program begin before the gate is open.
         resource_limits.apply(self._init, self._limits)
+        if self._group is not None:
+            self._group.add(self._init)
         os.close(self._gate)
         self._gate = None
         self._started = time.monotonic()
         self._deadline = self._started + self._limits.timeout
         self._next_look = self._started + tmpfs.INTERVAL
 
-    def _on_output(self, stream: _Stream) -> None:
+    def _on_output(self, stream: Output) -> None:
         try:
             more = stream.read()
         except BlockingIOError:
             return
         if not more:
-            self._selector.unregister(stream.pipe)
+            self._selector.unregister(stream.descriptor)
         elif stream.truncated:
-            self._selector.unregister(stream.pipe)
+            self._selector.unregister(stream.descriptor)
             self._kill("output_limit")
 
     def _on_stdin(self) -> None:
@@ -276,6 +260,9 @@ class Supervision:
         # waiting for ever. It is killed when it is told.
         if self._init is not None and self._init_handle is not None:
             self._usage = usage.sample(self._init)
+            if self._group is not None:
+                cpu_ms = max(self._usage.cpu_ms, self._group.cpu_ms())
+                self._usage = usage.Usage(cpu_ms, self._usage.max_rss_bytes)
             _kill(self._init_handle)
 
     def _bury(self) -> None:
@@ -296,9 +283,7 @@ class Supervision:
     def _drain(self) -> None:
         """Read what was written last. No writer is left, so nothing here waits."""
         for stream in (self._stdout, self._stderr):
-            with contextlib.suppress(BlockingIOError):
-                while not stream.truncated and stream.read():
-                    pass
+            stream.drain()
 
     def _outcome(self) -> Outcome:
         told, exit_code, died_of = self._exit_code, None, None
@@ -307,6 +292,8 @@ class Supervision:
             status = self._verdict
         elif self._stdout.truncated or self._stderr.truncated:
             status = "output_limit"
+        elif told in (None, 128 + signal.SIGKILL) and self._group and self._group.out_of_memory():
+            status = "memory_limit"
         elif told is None:
             status = "sandbox_error"  # bubblewrap ended before the program began
         elif told - 128 in _DEADLY:
@@ -323,7 +310,7 @@ class Supervision:
             stderr_truncated=self._stderr.truncated,
             duration_ms=round((self._finished - self._started) * 1000),
             cpu_ms=self._usage.cpu_ms,
-            max_rss_bytes=self._usage.max_rss_bytes,
+            max_rss_bytes=max(self._usage.max_rss_bytes, self._group.peak() if self._group else 0),
         )
 
 

@@ -20,10 +20,10 @@ def possible() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
-def nox(possible: None) -> Iterator[Service]:
-    """One service for all tests that neither stop it nor fill it."""
-    service = Service()
+@pytest.fixture(scope="session", params=["zygote", "bubblewrap"])
+def nox(possible: None, request: pytest.FixtureRequest) -> Iterator[Service]:
+    """One service per backend, for all tests that neither stop it nor fill it."""
+    service = Service(NOX_BACKEND=request.param)
     try:
         yield service.start()
     finally:

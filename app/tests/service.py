@@ -22,6 +22,8 @@ import httpx
 APP = Path(__file__).resolve().parent.parent
 TOKEN = secrets.token_hex(32)
 USER = "nobody"
+BACKEND = os.environ.get("NOX_TEST_BACKEND", "auto")
+"""For services whose test does not say."""
 _PATIENCE = 15.0
 
 
@@ -92,7 +94,7 @@ class Service:
             self.port = probe.getsockname()[1]
         self.settings: dict[str, object] = {
             "NOX_PORT": self.port, "NOX_SANDBOX": self.sandbox, "NOX_TIMEOUT": 5, "NOX_SLOTS": 4,
-            **settings,
+            "NOX_BACKEND": BACKEND, **settings,
         }  # fmt: skip
         self.token = TOKEN
         self.write_settings()

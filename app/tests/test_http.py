@@ -39,7 +39,7 @@ def test_health(nox: Service) -> None:
     detail = nox.detail()
     assert detail["slots"] == {"used": 0, "total": 4} and detail["queue"]["total"] == 32
     limits = detail["limits"]
-    assert "network" in limits["enforced"] and "system_calls" in limits["not_enforced"]
+    assert "network" in limits["enforced"] and "system_calls" in limits["enforced"]
     assert ("tmp_size" in limits["enforced"]) != ("tmp_size" in limits["not_enforced"])
     assert nox.token not in json.dumps(detail)
     is_problem(httpx.get(f"{nox.url}/health", headers={"Authorization": "Bearer no"}), 401)

@@ -18,7 +18,8 @@ def test_no_environment_and_no_token_leak(nox: Service) -> None:
     )
     result = nox.python(code)
     assert nox.token not in result["stdout"]
-    assert "/proc/1/environ b''" in result["stdout"]
+    # Nothing there, or not to be read at all.
+    assert any(f"/proc/1/environ {e}" in result["stdout"] for e in ("b''", "[Errno 13]"))
     names = set(nox.shell("env | cut -d= -f1")["stdout"].split())
     assert names == {"PATH", "HOME", "LANG", "TMPDIR", "USER", "NOX_RUN_ID", "PWD"}
 
@@ -148,11 +149,12 @@ def test_links_planted_by_a_run(nox: Service, tmp_path: Path) -> None:
 
 def test_many_temporary_files(nox: Service) -> None:
     code = "i = 0\nwhile True:\n    open('/tmp/%d' % i, 'w').close()\n    i += 1"
-    assert nox.python(code)["status"] == "memory_limit"
+    result = nox.python(code)
+    assert result["status"] == "memory_limit" or "No space left" in result["stderr"]
 
 
 def test_temporary_space_with_the_bubblewrap_of_ubuntu_22_04(own: Callable[..., Service]) -> None:
-    nox = own()
+    nox = own(NOX_BACKEND="bubblewrap")
     old = nox.root / "bwrap"
     # What 0.6.1 does not know is refused, as it would.
     old.write_text(

@@ -274,7 +274,7 @@ def test_health_is_the_protocols(own: Make) -> None:
 
 
 def test_a_bubblewrap_that_is_missing_and_then_there(own: Make) -> None:
-    nox = own()
+    nox = own(NOX_BACKEND="bubblewrap")
     path = nox.root / "bwrap"
     nox.start("--bwrap", str(path))
     with nox.client() as client:

@@ -1,0 +1,158 @@
+"""The system calls that a run may make, compiled to a filter for this machine's processor.
+
+An allow-list: what is not named here gets EPERM, as a program without privileges would expect.
+libseccomp turns names into the processor's numbers; systemd needs it, so every supported host
+has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NAMES = """
+    _llseek _newselect accept accept4 access alarm arch_prctl bind brk cachestat capget capset
+    chdir chmod chown clock_getres clock_gettime clock_nanosleep close close_range connect
+    copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old
+    epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit
+    exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs
+    fsync ftruncate futex futex_requeue futex_wait futex_waitv futex_wake futimesat get_mempolicy
+    get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid getgid
+    getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
+    getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr
+    inotify_add_watch inotify_init inotify_init1 inotify_rm_watch ioctl ioprio_get kill
+    landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lgetxattr link linkat
+    listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise map_shadow_stack mbind
+    membarrier memfd_create mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect
+    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl
+    msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep newfstatat open openat openat2
+    pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll
+    prctl pread64 preadv preadv2 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead
+    readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename
+    renameat renameat2 restart_syscall riscv_flush_icache rmdir rseq rt_sigaction rt_sigpending
+    rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
+    sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
+    sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam
+    sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop sendfile sendmmsg
+    sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid setfsuid
+    setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit
+    setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd
+    signalfd4 splice stat statfs statx symlink symlinkat sync_file_range syncfs sysinfo tee tgkill
+    time timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create
+    timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime
+    utimensat utimes vfork vmsplice wait4 waitid write writev
+"""
+
+# Younger than the libseccomp of the oldest hosts. From 424 on all processors share the numbers.
+_YOUNG = {
+    "cachestat": 451,
+    "fchmodat2": 452,
+    "map_shadow_stack": 453,
+    "futex_wake": 454,
+    "futex_wait": 455,
+    "futex_requeue": 456,
+    "mseal": 462,
+}
+# What libraries try and do without when told that the kernel does not have it. The flags of
+# clone3 are in memory, where no filter sees them; the C library then takes clone.
+_ABSENT = (435, *range(463, 512))
+
+_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+_UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
+_ALLOW = 0x7FFF0000
+_OPTIMIZE = 8
+_EQUAL, _MASKED_EQUAL = 4, 7
+
+
+class _Compare(ctypes.Structure):
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("a", ctypes.c_uint64),
+        ("b", ctypes.c_uint64),
+    )
+
+
+_CONDITIONAL: dict[str, tuple[tuple[_Compare, ...], ...]] = {
+    "clone": ((_Compare(0, _MASKED_EQUAL, _NAMESPACES, 0),),),
+    "personality": ((_Compare(0, _EQUAL, 0),), (_Compare(0, _EQUAL, 0xFFFFFFFF),)),
+    # Only its own: the limits of the sandbox's init are not a run's to change.
+    "prlimit64": ((_Compare(0, _EQUAL, 0),),),
+    "socket": (
+        *((_Compare(0, _EQUAL, family),) for family in (_UNIX, _INET, _INET6)),
+        (_Compare(0, _EQUAL, _NETLINK), _Compare(2, _EQUAL, _NETLINK_ROUTE)),
+    ),
+    "socketpair": ((_Compare(0, _EQUAL, _UNIX),),),
+}
+
+
+def program() -> bytes:
+    """The filter as classic BPF, for prctl(PR_SET_SECCOMP) and bubblewrap's --seccomp.
+
+    OSError if libseccomp is missing or refuses.
+    """
+    library = ctypes.CDLL("libseccomp.so.2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_init.argtypes = [ctypes.c_uint32]
+    with _context(library) as context:
+        _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
+        for name in _NAMES.split():
+            number = library.seccomp_syscall_resolve_name(name.encode())
+            _add(library, context, _ALLOW, number if number >= 0 else _YOUNG.get(name, -1), ())
+        for name, alternatives in _CONDITIONAL.items():
+            number = library.seccomp_syscall_resolve_name(name.encode())
+            for comparisons in alternatives:
+                _add(library, context, _ALLOW, number, comparisons)
+        for number in _ABSENT:
+            _add(library, context, _error(errno.ENOSYS), number, ())
+        return _export(library, context)
+
+
+@contextmanager
+def _context(library: ctypes.CDLL) -> Iterator[ctypes.c_void_p]:
+    context = ctypes.c_void_p(library.seccomp_init(_error(errno.EPERM)))
+    if not context:
+        raise OSError("libseccomp cannot make a filter for this processor")
+    try:
+        yield context
+    finally:
+        library.seccomp_release(context)
+
+
+def _add(
+    library: ctypes.CDLL,
+    context: ctypes.c_void_p,
+    action: int,
+    number: int,
+    comparisons: tuple[_Compare, ...],
+) -> None:
+    if number < 0:
+        return  # a call that this processor never had
+    array = (_Compare * len(comparisons))(*comparisons)
+    result = library.seccomp_rule_add_array(
+        context, ctypes.c_uint32(action), number, len(comparisons), array
+    )
+    _check(result, f"the rule for call {number}")
+
+
+def _export(library: ctypes.CDLL, context: ctypes.c_void_p) -> bytes:
+    descriptor = os.memfd_create("seccomp")
+    try:
+        _check(library.seccomp_export_bpf(context, descriptor), "export")
+        size = os.fstat(descriptor).st_size
+        return os.pread(descriptor, size, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _error(number: int) -> int:
+    return 0x00050000 | number
+
+
+def _check(result: int, what: str, *, tolerant: bool = False) -> None:
+    if result < 0 and not tolerant:
+        raise OSError(-result, f"libseccomp: {what}: {os.strerror(-result)}")

@@ -1,0 +1,314 @@
+"""One sandbox from the inside: an init that reports, and the process that becomes the program.
+
+The init is process 1 of its namespaces. It alone holds the pipe to the runner, and tells there how
+the program really ended. The program cannot reach it: it is not dumpable (so /proc/1 and ptrace
+are closed), and a namespace's init gets no signal from inside that it has no handler for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from nox_runner.zygote import kernel
+
+REPORT = struct.Struct("=i?qq")
+"""Wait status; whether no other process was left; CPU time in µs and largest RSS in KiB."""
+READY = struct.Struct("=q")
+"""CPU time in µs that was spent before the job."""
+JOB = struct.Struct("=I")
+"""Length of the JSON text of a job; with it come the descriptors."""
+FAILED = b"E"
+"""Begins what is told in place of READY when a sandbox cannot be made."""
+
+NAMESPACES = (
+    kernel.CLONE_NEWUSER
+    | kernel.CLONE_NEWPID
+    | kernel.CLONE_NEWNS
+    | kernel.CLONE_NEWNET
+    | kernel.CLONE_NEWIPC
+    | kernel.CLONE_NEWUTS
+    | kernel.CLONE_NEWCGROUP
+)
+_PLACE = "/run/nox"
+_WALL = 0x40000000  # also children that were cloned without a signal
+# RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
+_LOOPBACK_UP = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
+
+
+def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
+    """Be process 1: build the rest of the sandbox, start the program's process, see it end."""
+    try:
+        code = _start(config, job, report)
+    except BaseException as error:
+        job.send(FAILED + str(error).encode()[:4000])
+        os._exit(1)
+    try:
+        _close_all_but(report)
+        while True:
+            pid, status = os.waitpid(-1, _WALL)
+            if pid == code:
+                break
+        alone = _alone()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        micros = round((used.ru_utime + used.ru_stime) * 1e6)
+        os.write(report, REPORT.pack(status, alone, micros, used.ru_maxrss))
+    finally:
+        # With its init the whole namespace ends.
+        os._exit(0)
+
+
+def _alone() -> bool:
+    """Whether no process of the program is left. Each would be, in the end, a child of init."""
+    try:
+        while True:
+            pid, _ = os.waitpid(-1, os.WNOHANG | _WALL)
+            if pid == 0:
+                return False
+    except ChildProcessError:
+        return True
+
+
+def _start(config: dict[str, Any], job: socket.socket, report: int) -> int:
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    _close_all_but(job.fileno(), report)
+    os.setsid()
+    kernel.map_ids(config["uid"], config["gid"])
+    _mounts(config)
+    _loopback()
+    _forbid_namespaces()
+    kernel.drop_capabilities()
+    # Before the fork, so that there is no moment in which the program could look in.
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.filter_calls(config["filter"])
+    code = os.fork()
+    if code == 0:
+        try:
+            os.close(report)
+            _become_program(job)
+        finally:
+            os._exit(126)
+    return code
+
+
+def _mounts(config: dict[str, Any]) -> None:
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount("proc", "/proc", "proc", flags | kernel.MS_NOEXEC)
+    size, files = config["tmp_size"], config["tmp_files"]
+    for path in ("/tmp", "/dev/shm"):
+        kernel.mount("tmpfs", path, "tmpfs", flags, f"mode=1777,size={size},nr_inodes={files}")
+    # The program's own text is there as well.
+    size = config["run_size"]
+    kernel.mount("tmpfs", "/run", "tmpfs", flags, f"mode=0755,size={size},nr_inodes=1024")
+    os.mkdir(_PLACE, 0o755)
+    terminals = kernel.MS_NOSUID | kernel.MS_NOEXEC
+    kernel.mount("devpts", "/dev/pts", "devpts", terminals, "newinstance,ptmxmode=0666,mode=620")
+    sandbox = config["sandbox"]
+    if sandbox.startswith("/tmp/"):
+        # Covered now, but for this process, whose working directory it is.
+        os.makedirs(sandbox, 0o755)
+        kernel.bind(".", sandbox)
+    os.chdir(sandbox)
+
+
+def _loopback() -> None:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
+        link.send(_LOOPBACK_UP)
+        (error,) = struct.unpack_from("=i", link.recv(4096), 16)
+        if error:
+            raise OSError(-error, f"the loopback does not come up: {os.strerror(-error)}")
+
+
+def _forbid_namespaces() -> None:
+    # The filter forbids them too; a second wall costs nothing.
+    with open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close all descriptors but `kept`, and the standard ones, which become the null device."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    start = 3
+    for descriptor in sorted(kept):
+        os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _become_program(job: socket.socket) -> NoReturn:
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    os.umask(0o022)
+    if "random" in sys.modules:
+        sys.modules["random"].seed()
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    sys.path.append(os.getcwd())
+    _rehearse()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    job.send(READY.pack(round((used.ru_utime + used.ru_stime) * 1e6)))
+    wanted, descriptors = _receive(job)
+    job.close()
+    source, *streams = descriptors
+    # In front of the first: stdin is the null device already, and may stay that.
+    for number, descriptor in enumerate(streams, start=3 - len(streams)):
+        os.dup2(descriptor, number)
+    text = os.pread(source, os.fstat(source).st_size, 0)
+    os.closerange(3, max(descriptors) + 1)
+    os.environ.clear()
+    os.environ.update(wanted["env"])
+    path = wanted["path"]
+    _write(path, text)
+    if wanted["language"] == "sh":
+        # As a shell expects them; Python ignores both.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        os.execv("/bin/sh", ["/bin/sh", path, *wanted["args"]])
+    sys.argv = [path, *wanted["args"]]
+    _finish(*_python(text, path))
+
+
+def _receive(job: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    head, descriptors, _, _ = socket.recv_fds(job, JOB.size, 4)
+    if len(head) < JOB.size:
+        os._exit(0)  # never needed
+    (left,) = JOB.unpack(head)
+    text = bytearray()
+    while len(text) < left:
+        piece = job.recv(min(left - len(text), 1 << 16))
+        if not piece:
+            os._exit(0)
+        text += piece
+    return json.loads(text), descriptors
+
+
+def _write(path: str, text: bytes) -> None:
+    with open(path, "wb", buffering=0) as file:
+        view = memoryview(text)
+        while view:
+            view = view[file.write(view) :]
+
+
+def _rehearse() -> None:
+    """Go the way of a job once, so that the pages it writes to are this process's own by then."""
+    path = f"{_PLACE}/main.py"
+    text = b"def f(x):\n    return [str(x)]\nprint(f(1))\n"
+    _write(path, text)
+    os.environ.update(json.loads(json.dumps({"NOX_RUN_ID": "0" * 32, "TMPDIR": "/tmp"})))
+    os.environ.clear()
+    sys.argv = [path]
+    _python(text, path)
+    _settle()
+    sys.stdout.flush()
+    os.unlink(path)
+
+
+def _python(text: bytes, path: str) -> tuple[int, int | None]:
+    """Run a program's text as `__main__`, as bootstrap.py does; its exit code or deadly signal."""
+    for stream in (sys.stdout, sys.stderr):
+        # What was printed before a timeout is worth having.
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __file__=path)
+    sys.modules["__main__"] = main
+    try:
+        code = compile(text, path, "exec", dont_inherit=True)
+        exec(code, main.__dict__)
+    except SystemExit as error:
+        return _exit_code(error), None
+    except BaseException as error:
+        own_frame = error.__traceback__
+        error.__traceback__ = own_frame.tb_next if own_frame else None
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1, signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+    return 0, None
+
+
+def _exit_code(error: SystemExit) -> int:
+    code = error.code
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    _quietly(lambda: sys.stdout.flush())
+    _quietly(lambda: print(code, file=sys.stderr))
+    return 1
+
+
+def _finish(code: int, deadly: int | None) -> NoReturn:
+    """End as the interpreter would, without the cost of taking it apart piece by piece.
+
+    Threads are awaited, exit handlers called, and what the program's modules hold is let go of
+    (so files are flushed, and finalizers run).
+    """
+    _quietly(threading._shutdown)  # type: ignore[attr-defined]
+    _quietly(atexit._run_exitfuncs)
+    _quietly(_settle)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        code = code if getattr(sys.stdout, "closed", True) else 120
+    _quietly(lambda: sys.stderr.flush())
+    if deadly is not None:
+        signal.signal(deadly, signal.SIG_DFL)
+        os.kill(os.getpid(), deadly)
+    os._exit(code)
+
+
+def _settle() -> None:
+    """Let go of what the program's own modules hold."""
+    place = sys.path[-1] + "/"
+    own = [sys.modules.get("__main__")]
+    own += [m for m in list(sys.modules.values()) if _file_of(m).startswith(place)]
+    for module in own:
+        if isinstance(module, types.ModuleType):
+            _empty(module.__dict__)
+    gc.collect()
+
+
+def _file_of(module: object) -> str:
+    path = getattr(module, "__dict__", {}).get("__file__")
+    return path if isinstance(path, str) else ""
+
+
+def _empty(names: dict[str, Any]) -> None:
+    # Private names first, then the others, as the interpreter does.
+    for private in (True, False):
+        for name in list(names):
+            if name.startswith("_") is private and name not in ("__builtins__", "__name__"):
+                names[name] = None
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except BaseException as error:
+        hook = sys.unraisablehook
+        details = types.SimpleNamespace(
+            exc_type=type(error),
+            exc_value=error,
+            exc_traceback=error.__traceback__,
+            err_msg="Exception ignored at the program's end",
+            object=None,
+        )
+        try:
+            hook(details)
+        except BaseException:
+            return

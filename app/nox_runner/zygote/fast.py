@@ -1,0 +1,105 @@
+"""The backend that takes each run's sandbox from a pool of ready ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from nox_runner.backend import Outcome, Program
+from nox_runner.control_group import Groups
+from nox_runner.limits import Limits
+from nox_runner.settings import Settings
+from nox_runner.tmpfs import MAX_FILES
+from nox_runner.zygote.attempt import Attempt
+from nox_runner.zygote.pool import Plan, Pool
+
+_PATIENCE = 10.0
+_TRIES = 3
+
+
+class Zygote:
+    """Fresh namespaces for each run, made ahead; each is used once."""
+
+    name = "zygote"
+
+    def __init__(
+        self, call_filter: bytes, settings: Callable[[], Settings], groups: Groups | None, why: str
+    ) -> None:
+        """`why` tells why there are no control groups, if there are none."""
+        self._pool = Pool(call_filter, groups)
+        self._settings = settings
+        self._groups = groups
+        self._why = why
+
+    def run(
+        self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
+    ) -> Outcome:
+        """See Backend.run."""
+        # The program's text is written to a file under the same limit.
+        text_size = os.fstat(program.source).st_size
+        limits = replace(limits, file_size=max(limits.file_size, text_size))
+        plan = self._plan(sandbox)
+        for left in reversed(range(_TRIES)):
+            hatchling = self._pool.take(plan, _PATIENCE)
+            try:
+                attempt = Attempt(hatchling, program, limits, sandbox, client)
+            except (ConnectionError, ProcessLookupError):
+                # It died while it waited, with the zygote most likely.
+                self._pool.give_back(hatchling)
+                if not left:
+                    raise
+                continue
+            except BaseException:
+                self._pool.give_back(hatchling)
+                raise
+            try:
+                return attempt.run()
+            finally:
+                attempt.close()
+                self._pool.give_back(hatchling)
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Give up all that was made ahead."""
+        self._pool.close()
+
+    def _plan(self, sandbox: str) -> Plan:
+        settings = self._settings()
+        state = os.stat(sandbox)
+        return Plan(
+            sandbox=sandbox,
+            # A directory that took the place of the old one has to be mounted anew.
+            sandbox_id=(state.st_dev, state.st_ino),
+            limits=Limits.of(settings, settings.timeout),
+            text_size=settings.max_body,
+            preimport=settings.preimport,
+            spare=max(4, 2 * settings.slots),
+        )
+
+    def enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.enforced."""
+        each = "each for /tmp and /dev/shm"
+        return {
+            "time": f"{limits.timeout:g} s, then all of the run is killed",
+            "cpu_time": "RLIMIT_CPU, time x cores",
+            "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
+            "processes": f"{limits.processes}, RLIMIT_NPROC",
+            "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
+            "output": f"{limits.output} bytes per stream",
+            "network": "none, own network namespace",
+            "system_files": "read-only, own mount namespace",
+            "capabilities": "none",
+            "system_calls": "seccomp allow-list",
+            "tmp_size": f"{limits.tmp_size} bytes {each}",
+            "tmp_files": f"{MAX_FILES} {each}",
+            **(self._groups.enforced(limits) if self._groups else {}),
+        }
+
+    def not_enforced(self, limits: Limits) -> dict[str, str]:
+        """See Backend.not_enforced."""
+        return {
+            "sandbox_size": "no quota is set on the sandbox",
+            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
+        }

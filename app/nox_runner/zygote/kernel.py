@@ -1,0 +1,170 @@
+"""System calls that the standard library does not offer, each raising OSError."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+_CLONE_PIDFD = 0x00001000
+_SIGCHLD = 17
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
+_AT_RECURSIVE = 0x8000
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME = 1, 4, 15
+_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 22, 24, 38
+_SECCOMP_MODE_FILTER = 2
+_CAPABILITY_VERSION_3 = 0x20080522
+_EINVAL = 22
+
+_NUMBERS = {"x86_64": {"clone": 56, "pivot_root": 155}, "aarch64": {"clone": 220, "pivot_root": 41}}
+_MOUNT_SETATTR = 442  # on every processor
+# PyDLL keeps the interpreter's lock over the call: a new process must find it held by itself.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _number(name: str) -> int:
+    try:
+        return _NUMBERS[platform.machine()][name]
+    except KeyError:
+        raise OSError(f"processor {platform.machine()}: not known here") from None
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{what}: {os.strerror(error)}")
+    return result
+
+
+def clone(namespaces: int) -> tuple[int, int]:
+    """Fork into fresh namespaces: (0, -1) in the new process, (pid, pidfd) in the old one.
+
+    The interpreter is not told, so the new process must keep to simple things and fork, by
+    os.fork, what is to run other code. Only for a process with a single thread.
+    """
+    pidfd = ctypes.c_int(-1)
+    flags = ctypes.c_ulong(namespaces | _CLONE_PIDFD | _SIGCHLD)
+    none = ctypes.c_long(0)
+    result = _libc.syscall(
+        ctypes.c_long(_number("clone")), flags, none, ctypes.byref(pidfd), none, none
+    )
+    pid = _check(result, "clone")
+    return pid, pidfd.value if pid else -1
+
+
+def unshare(namespaces: int) -> None:
+    """Move this process to fresh namespaces."""
+    _check(_libc.unshare(ctypes.c_int(namespaces)), "unshare")
+
+
+def map_ids(uid: int, gid: int) -> None:
+    """In a fresh user namespace, map the own user and group to themselves, nothing else."""
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{uid} {uid} 1"),
+        ("gid_map", f"{gid} {gid} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    """mount(2)."""
+    _check(
+        _libc.mount(
+            source.encode(),
+            target.encode(),
+            kind.encode(),
+            ctypes.c_ulong(flags),
+            data.encode() if data else None,
+        ),
+        f"mount {kind or 'bind'} {target}",
+    )
+
+
+def bind(source: str, target: str) -> None:
+    """Show `source` and all that is mounted in it at `target`."""
+    mount(source, target, "", MS_BIND | MS_REC)
+
+
+def restrict(target: str, attributes: int, *, recursive: bool) -> None:
+    """Add mount attributes (ATTR_*) to a mount, and to all below it if `recursive`."""
+    packed = struct.pack("=4Q", attributes, 0, 0, 0)
+    result = _libc.syscall(
+        ctypes.c_long(_MOUNT_SETATTR),
+        ctypes.c_int(-100),
+        target.encode(),
+        ctypes.c_uint(_AT_RECURSIVE if recursive else 0),
+        packed,
+        ctypes.c_size_t(len(packed)),
+    )
+    _check(result, f"mount_setattr {target}")
+
+
+def pivot(new_root: str, old_root: str) -> None:
+    """pivot_root(2)."""
+    result = _libc.syscall(
+        ctypes.c_long(_number("pivot_root")), new_root.encode(), old_root.encode()
+    )
+    _check(result, f"pivot_root {new_root}")
+
+
+def detach(target: str) -> None:
+    """Unmount lazily."""
+    _check(_libc.umount2(target.encode(), ctypes.c_int(_MNT_DETACH)), f"umount {target}")
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    zero = ctypes.c_ulong(0)
+    _check(
+        _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero),
+        f"prctl {option}",
+    )
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, for good."""
+    for capability in range(64):
+        try:
+            prctl(_PR_CAPBSET_DROP, capability)
+        except OSError as error:
+            if error.errno != _EINVAL:
+                raise
+            break  # one more than this kernel has
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    # Without permitted capabilities the kernel empties the ambient set by itself.
+    _check(_libc.capset(header, bytes(24)), "capset")
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def filter_calls(program: bytes) -> None:
+    """Install a seccomp filter, for good; needs no_new_privs."""
+
+    class _Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+    packed = _Program(len(program) // 8, program)
+    zero = ctypes.c_ulong(0)
+    result = _libc.prctl(
+        ctypes.c_int(_PR_SET_SECCOMP),
+        ctypes.c_ulong(_SECCOMP_MODE_FILTER),
+        ctypes.byref(packed),
+        zero,
+        zero,
+    )
+    _check(result, "prctl PR_SET_SECCOMP")

@@ -1,0 +1,200 @@
+"""The zygote: one thread that forks a sandbox each time it is asked, and does nothing else.
+
+Started by pool.py with the host's python3 and a socket to the runner. It lives in a mount
+namespace of its own that holds what every run may see; each sandbox inherits that, and adds what
+is private to it.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from nox_runner.zygote import child, kernel
+
+READY = b"R"
+"""Told once. After it, each byte that comes asks for a sandbox."""
+CHILD = b"C"
+"""Begins the answer; with it come the job socket, the report pipe and the init's pidfd."""
+FAILED = b"E"
+"""Begins an answer that says why there is none."""
+
+_BASE = "/tmp"
+_OLD = "/old"
+_NEW = "/new"
+
+
+def main(control: socket.socket) -> int:
+    """Serve until the runner closes `control`."""
+    config = json.loads(control.recv(1 << 16))
+    filter_descriptor = os.open(f"/proc/self/fd/{config['filter_fd']}", os.O_RDONLY)
+    config["filter"] = os.pread(filter_descriptor, 1 << 20, 0)
+    os.close(filter_descriptor)
+    os.close(config["filter_fd"])
+    # The kernel buries the sandboxes: nobody asks here how they ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        skipped = _import(config["preimport"])
+        _build(config)
+    except OSError as error:
+        control.send(FAILED + str(error).encode())
+        return 1
+    sys.dont_write_bytecode = False
+    sys.path[:] = [path for path in sys.path if path != config["library"]]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nox_runner"]:
+        del sys.modules[name]
+    gc.collect()
+    # What is there now is not looked at again by any collection, so its pages stay shared.
+    gc.freeze()
+    control.send(READY + json.dumps(skipped).encode())
+    while asked := control.recv(1):
+        for _ in asked:
+            _hatch(config, control)
+    return 0
+
+
+def _import(names: list[str]) -> dict[str, str]:
+    """Import ahead what many programs want; by name, why one was skipped. OSError on threads."""
+    skipped = {}
+    # Libraries that start a thread per core at import cannot be forked.
+    single = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    os.environ.update(single)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            skipped[name] = f"{type(error).__name__}: {error}"
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise OSError(f"NOX_PREIMPORT: {name} starts threads, so it cannot be shared")
+    for name in single:
+        del os.environ[name]
+    return skipped
+
+
+def _build(config: dict[str, Any]) -> None:
+    """Move to a root that holds what a run may see, and nothing else."""
+    kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS)
+    kernel.map_ids(config["uid"], config["gid"])
+    socket.sethostname("nox")
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV
+    kernel.mount("tmpfs", _BASE, "tmpfs", flags, "mode=0755,size=1m")
+    os.mkdir(_BASE + _OLD)
+    os.mkdir(_BASE + _NEW)
+    kernel.pivot(_BASE, _BASE + _OLD)
+    os.chdir("/")
+    kernel.mount("tmpfs", _NEW, "tmpfs", flags, "mode=0755,size=1m")
+    os.umask(0)
+    _system(config)
+    _devices()
+    _directory(config["sandbox"])
+    kernel.bind(_OLD + config["sandbox"], _NEW + config["sandbox"])
+    kernel.restrict(
+        _NEW + config["sandbox"], kernel.ATTR_NOSUID | kernel.ATTR_NODEV, recursive=True
+    )
+    for path in (_NEW, _NEW + "/dev"):
+        kernel.restrict(path, kernel.ATTR_RDONLY, recursive=False)
+    os.chdir(_NEW)
+    kernel.pivot(".", ".")
+    kernel.detach(".")
+    os.chdir(config["sandbox"])
+
+
+def _system(config: dict[str, Any]) -> None:
+    for path in config["roots"]:
+        if os.path.islink(_OLD + path):
+            os.symlink(os.readlink(_OLD + path), _NEW + path)
+        else:
+            _read_only(path)
+    for path in ("/proc", "/run", "/tmp", "/var"):
+        _directory(path)
+    _directory("/etc")
+    for path in config["etc_from_host"]:
+        if os.path.isdir(_OLD + path):
+            _directory(path)
+            _read_only(path)
+        elif os.path.exists(_OLD + path):
+            _file(path, b"")
+            _read_only(path)
+    for path, target in config["links"].items():
+        os.symlink(target, _NEW + path)
+    for path, text in config["files"].items():
+        _file(path, text.encode())
+    # Each sandbox covers this with its own; the kernel wants to see that one was allowed before.
+    kernel.bind(_OLD + "/proc", _NEW + "/proc")
+
+
+def _devices() -> None:
+    _directory("/dev")
+    flags = kernel.MS_NOSUID | kernel.MS_NOEXEC
+    kernel.mount("tmpfs", _NEW + "/dev", "tmpfs", flags, "mode=0755,size=64k")
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        if os.path.exists(f"{_OLD}/dev/{name}"):
+            _file(f"/dev/{name}", b"")
+            kernel.bind(f"{_OLD}/dev/{name}", f"{_NEW}/dev/{name}")
+    for path in ("/dev/shm", "/dev/pts"):
+        _directory(path)
+    for name, target in (
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ):
+        os.symlink(target, f"{_NEW}/dev/{name}")
+
+
+def _directory(path: str) -> None:
+    here = _NEW
+    for part in path.strip("/").split("/"):
+        here += "/" + part
+        try:
+            os.mkdir(here, 0o755)
+        except FileExistsError:
+            continue
+
+
+def _file(path: str, text: bytes) -> None:
+    descriptor = os.open(_NEW + path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+    os.write(descriptor, text)
+    os.close(descriptor)
+
+
+def _read_only(path: str) -> None:
+    if not os.path.lexists(_NEW + path):
+        _directory(path)
+    kernel.bind(_OLD + path, _NEW + path)
+    attributes = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+    kernel.restrict(_NEW + path, attributes, recursive=True)
+
+
+def _hatch(config: dict[str, Any], control: socket.socket) -> None:
+    runner_side, job = socket.socketpair()
+    # With what the program's process says come its pid and user, told by the kernel.
+    runner_side.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    told, report = os.pipe()
+    handle = -1
+    try:
+        pid, handle = kernel.clone(child.NAMESPACES)
+        if pid == 0:
+            child.init(config, job, report)
+        sent = array.array("i", [runner_side.fileno(), told, handle])
+        control.sendmsg([CHILD + str(pid).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)])
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        control.send(FAILED + str(error).encode())
+    finally:
+        runner_side.close()
+        job.close()
+        for descriptor in (told, report, handle):
+            if descriptor >= 0:
+                os.close(descriptor)
