@@ -100,6 +100,5 @@ class Zygote:
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         return {
-            "sandbox_size": "no quota is set on the sandbox",
             **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
