@@ -85,7 +85,10 @@ class Quota:
 
     def start(self) -> None:
         """Scan, and watch from now on."""
-        self._check()
+        try:
+            self._check()
+        except OSError as error:  # the proof of the sandbox will say what is wrong with it
+            log("error", "quota_unknown", reason=str(error))
         threading.Thread(target=self._watch, name="quota", daemon=True).start()
 
     def usage(self) -> SandboxUsage:
@@ -268,12 +271,14 @@ class Quota:
         usage, complete = _measure(settings)
         within = usage.bytes <= settings.quota_bytes and usage.files <= settings.quota_files
         if within and is_suspicious:
-            # What was unlinked while it is open takes room, but is nowhere in the tree.
+            # What was unlinked while it is open takes room, but is nowhere in the tree. A tree that
+            # is moved about so that it cannot be seen gets no benefit of the doubt.
             hidden = _unlinked(os.stat(settings.sandbox).st_dev)
-            within = usage.bytes + hidden <= settings.quota_bytes
-        self._usage, self._free = usage, free
+            within = complete and usage.bytes + hidden <= settings.quota_bytes
         self._scanned = time.monotonic()
         self._cost = self._scanned - started
+        if complete or not within:
+            self._usage, self._free = usage, free
         if within and complete:
             self._good_ns = started_ns - _CLOCK_SLACK_NS
             with self._changed:
