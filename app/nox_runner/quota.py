@@ -32,7 +32,7 @@ _FRESH_SECONDS = 0.2
 _KILL_SECONDS = 15.0
 _CLOCK_SLACK_NS = 20_000_000  # the kernel stamps files by a clock that lags by up to 10 ms
 _HOUSEKEEPING_SECONDS = 3600.0
-_PRUNINGS = 5
+_PRUNINGS = 20
 
 
 class _EnoughError(Exception):
@@ -243,13 +243,16 @@ class Quota:
                     self._changed.notify_all()
 
     def _prune(self) -> int:
-        """Remove what is newer than the last good scan, until the quota holds; how many files."""
+        """Remove what is newer than the last good scan; how many files."""
         removed = 0
         # If it was exceeded from the start, that is the operator's to sort out.
         for _ in range(_PRUNINGS if self._good_ns else 0):
-            removed += _remove(self._settings().sandbox, self._is_surplus)
-            if self._scan():
+            # A directory that shrinks while it is read may not show all of its entries.
+            now = _remove(self._settings().sandbox, self._is_surplus)
+            if not now:
                 break
+            removed += now
+        self._scan()
         return removed
 
     def _is_surplus(self, name: str, state: os.stat_result) -> bool:
