@@ -59,7 +59,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py")
+    run("mypy", "lab", "tests/run.py", "tests/hostile")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted((ROOT / "plugins/modules").glob("*.py"))

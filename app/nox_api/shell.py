@@ -144,6 +144,8 @@ class _Parser:
                 if self._at >= len(self._text):
                     return ""
                 word = self._word(nodes)
+                if self._is_descriptor(word):
+                    continue
                 if current.words or word.quoted or not (stop := self._keyword(word, nodes)):
                     current.words.append(word)
                 elif stop in _CLOSING:
@@ -161,6 +163,11 @@ class _Parser:
                 if token == "\n":
                     self._here_texts(nodes)
                 return token
+
+    def _is_descriptor(self, word: Word) -> bool:
+        """Whether it is the number of a redirection that follows at once."""
+        text = word.literal or ""
+        return text.isdigit() and not word.quoted and self._text.startswith(("<", ">"), self._at)
 
     def _keyword(self, word: Word, nodes: list[Node]) -> str:
         """Deal with a reserved word in a command's place; gives it, "" if it is none."""
@@ -233,11 +240,6 @@ class _Parser:
     def _redirection(self, current: Simple, operator: str, nodes: list[Node]) -> None:
         self._blanks()
         target = self._word(nodes)
-        # What stood right before was a descriptor's number.
-        if current.words and (current.words[-1].literal or "").isdigit():
-            before = self._text[: self._at]
-            if re.search(rf"[0-9]{re.escape(operator)}\s*\S*$", before[-4096:]):
-                current.words.pop()
         if operator == "<<<":
             current.here.append(target.literal or "")
         elif ">" in operator:
@@ -254,7 +256,8 @@ class _Parser:
         for command, end, is_literal, strips in self._pending:
             lines = []
             while self._at < len(self._text):
-                line, _, _ = self._text[self._at :].partition("\n")
+                found = self._text.find("\n", self._at)
+                line = self._text[self._at : found if found >= 0 else len(self._text)]
                 self._at += len(line) + 1
                 line = line.lstrip("\t") if strips else line
                 if line == end:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from nox_api import shell
 from nox_api.shell import Function, Node, Simple, Subshell, Variable, Word
 
-MAX_EXAMINED = 64 << 10
+MAX_EXAMINED = 16 << 10
 """Characters of a script that are read; the time that takes is the event loop's."""
 
 _SHELLS = frozenset(("sh", "bash", "dash", "zsh", "ksh", "ash"))
+_MAX_VALUE = 4096
+"""Characters of a word; variables that double each other would grow without bound."""
 _MAX_NESTED = 2
 """Scripts within scripts: `bash -c "…"` in what `eval` gets."""
 
@@ -121,12 +123,7 @@ class _Shell:
     def _simple(self, command: Simple) -> None:
         for target in command.targets:
             self._writes(self._value(target).text)
-        words = [self._value(word) for word in command.words]
-        while words and (match := _ASSIGNMENT.match(words[0].text or "")):
-            value = (words.pop(0).text or "")[match.end() :]
-            if not words:
-                self.values[match[1]] = value
-        words = _without_prefixes(words)
+        words = _without_prefixes(self._after_assignments(command.words))
         if not words or words[0].text is None:
             return
         name, arguments = posixpath.basename(words[0].text), words[1:]
@@ -137,6 +134,22 @@ class _Shell:
         else:
             self._judge(name, arguments)
 
+    def _after_assignments(self, words: list[Word]) -> list[_Argument]:
+        """The words of the command itself; what is assigned without one is remembered."""
+        rest = list(words)
+        assigned: dict[str, str | None] = {}
+        while rest and rest[0].parts and isinstance(first := rest[0].parts[0], str):
+            match = _ASSIGNMENT.match(first)
+            if not match:
+                break
+            text = self._value(rest.pop(0)).text
+            assigned[match[1]] = None if text is None else text[match.end() :]
+        for name, value in assigned.items() if not rest else ():
+            self.values.pop(name, None)
+            if value is not None:
+                self.values[name] = value
+        return [self._value(word) for word in rest]
+
     def _value(self, word: Word) -> _Argument:
         text = ""
         for part in word.parts:
@@ -144,6 +157,8 @@ class _Shell:
             if piece is None:
                 return _Argument(None)
             text += piece
+            if len(text) > _MAX_VALUE:
+                return _Argument(None)
         return _Argument(text, word.has_glob)
 
     def _script(self, name: str, arguments: list[_Argument], here: list[str]) -> None:

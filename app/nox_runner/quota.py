@@ -3,8 +3,8 @@
 The truth is a scan of the whole tree. As that costs, it is made only after something may have
 changed: at a bounded rate, or at once when the file system's free space (one cheap call) tells that
 the quota may be used up. A run that breaks the quota costs itself and its like, never what was
-there before: all runs that are going are killed, and what was made since the last scan that was
-within the quota is removed, except uploads. See docs/decisions/0007-quota.md.
+there before: all runs that are going are killed, and what was changed since the first of them began
+is removed, except uploads. See docs/decisions/0007-quota.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FRESH_SECONDS = 0.2
 _KILL_SECONDS = 15.0
 _CLOCK_SLACK_NS = 20_000_000  # the kernel stamps files by a clock that lags by up to 10 ms
 _HOUSEKEEPING_SECONDS = 3600.0
-_PRUNINGS = 5
+_PRUNINGS = 20
 
 
 class _EnoughError(Exception):
@@ -52,6 +52,7 @@ class Lease:
     """A run that is going. `exceeded` tells that the quota was, and this run was cut for it."""
 
     connection: socket.socket
+    started_ns: int
     exceeded: bool = False
 
     def cut(self) -> None:
@@ -70,8 +71,8 @@ class Quota:
         self._scanning = threading.Lock()
         self._running: set[Lease] = set()
         self._uploads: list[Upload] = []
-        self._uploaded: dict[tuple[int, int], int] = {}
-        """Uploads since the last good scan, with their sizes: not a run's."""
+        self._uploaded: dict[tuple[int, int], tuple[int, int]] = {}
+        """By device and inode size and time of late uploads, which are not a run's."""
         self._cutting = False
         self._dirty = True
         self._usage = _Usage()
@@ -79,13 +80,16 @@ class Quota:
         """Of the file system, at the last scan."""
         self._scanned = float("-inf")
         self._cost = 0.0
-        self._good_ns = 0
-        """When the last scan within the quota began; 0: there was none."""
+        self._good_ns = _now_ns()
+        """When the last scan within the quota began. What is older than this is nobody's fault."""
         self._kept = time.monotonic()
 
     def start(self) -> None:
         """Scan, and watch from now on."""
-        self._check()
+        try:
+            self._check()
+        except OSError as error:  # the proof of the sandbox will say what is wrong with it
+            log("error", "quota_unknown", reason=str(error))
         threading.Thread(target=self._watch, name="quota", daemon=True).start()
 
     def usage(self) -> SandboxUsage:
@@ -108,7 +112,7 @@ class Quota:
             self._changed.wait_for(lambda: not self._cutting, _KILL_SECONDS)
             if self._cutting or self._is_full():
                 raise self._full()
-            lease = Lease(connection)
+            lease = Lease(connection, _now_ns())
             self._running.add(lease)
             self._dirty = True
             self._changed.notify_all()
@@ -156,7 +160,7 @@ class Quota:
     def stored(self, state: os.stat_result) -> None:
         """The file of an upload is in its place, or just about to be."""
         with self._changed:
-            self._uploaded[state.st_dev, state.st_ino] = state.st_size
+            self._uploaded[state.st_dev, state.st_ino] = (state.st_size, time.time_ns())
 
     def _full(self) -> Failure:
         settings = self._settings()
@@ -232,53 +236,60 @@ class Quota:
                 for lease in cut:
                     lease.cut()
                 self._changed.wait_for(lambda: not cut & self._running, _KILL_SECONDS)
+            since_ns = min([self._good_ns, *(lease.started_ns for lease in cut)])
             try:
-                log("warning", "quota_exceeded", runs=len(cut), removed=self._prune())
+                log("warning", "quota_exceeded", runs=len(cut), removed=self._prune(since_ns))
             finally:
                 with self._changed:
                     self._cutting = False
                     self._changed.notify_all()
 
-    def _prune(self) -> int:
-        """Remove what is newer than the last good scan, until the quota holds; how many files."""
-        removed = 0
-        # If it was exceeded from the start, that is the operator's to sort out.
-        for _ in range(_PRUNINGS if self._good_ns else 0):
-            removed += _remove(self._settings().sandbox, self._is_surplus)
-            if self._scan():
-                break
-        return removed
+    def _prune(self, since_ns: int) -> int:
+        """Remove what changed since then; how many files."""
 
-    def _is_surplus(self, name: str, state: os.stat_result) -> bool:
-        if state.st_ctime_ns < self._good_ns:
-            return False
-        if self._uploads and name.startswith(paths.TEMPORARY_PREFIX):
-            return False
-        return self._uploaded.get((state.st_dev, state.st_ino)) != state.st_size
+        def is_surplus(name: str, state: os.stat_result) -> bool:
+            if state.st_ctime_ns < since_ns:
+                return False
+            if self._uploads and name.startswith(paths.TEMPORARY_PREFIX):
+                return False
+            size, _ = self._uploaded.get((state.st_dev, state.st_ino), (-1, 0))
+            return size != state.st_size
+
+        removed = 0
+        for _ in range(_PRUNINGS):
+            # A directory that shrinks while it is read may not show all of its entries.
+            now = _remove(self._settings().sandbox, is_surplus)
+            if not now:
+                break
+            removed += now
+        self._scan()
+        return removed
 
     def _scan(self) -> bool:
         """Find what the sandbox holds; whether that is within the quota."""
         settings = self._settings()
-        started, started_ns = time.monotonic(), time.time_ns()
+        started, started_ns = time.monotonic(), _now_ns()
         with self._changed:
-            uploaded = set(self._uploaded)
+            oldest_ns = min([started_ns, *(lease.started_ns for lease in self._running)])
             self._dirty = bool(self._running or self._uploads)
         is_suspicious = self._is_suspicious()
         free = _free(settings.sandbox)
         usage, complete = _measure(settings)
         within = usage.bytes <= settings.quota_bytes and usage.files <= settings.quota_files
         if within and is_suspicious:
-            # What was unlinked while it is open takes room, but is nowhere in the tree.
+            # What was unlinked while it is open takes room, but is nowhere in the tree. A tree that
+            # is moved about so that it cannot be seen gets no benefit of the doubt.
             hidden = _unlinked(os.stat(settings.sandbox).st_dev)
-            within = usage.bytes + hidden <= settings.quota_bytes
-        self._usage, self._free = usage, free
+            within = complete and usage.bytes + hidden <= settings.quota_bytes
         self._scanned = time.monotonic()
         self._cost = self._scanned - started
+        if complete or not within:
+            self._usage, self._free = usage, free
         if within and complete:
-            self._good_ns = started_ns - _CLOCK_SLACK_NS
+            self._good_ns = started_ns
             with self._changed:
-                for key in uploaded:
-                    self._uploaded.pop(key, None)
+                for key in [k for k, (_, at_ns) in self._uploaded.items() if at_ns < oldest_ns]:
+                    del self._uploaded[key]
         elif not complete:
             self.touched()
         return within
@@ -298,6 +309,11 @@ class Upload:
         for piece in content:
             self.quota.reserve(self, len(piece))
             yield piece
+
+
+def _now_ns() -> int:
+    """Now, as the kernel may have stamped a file that is written only now."""
+    return time.time_ns() - _CLOCK_SLACK_NS
 
 
 def _free(sandbox: str) -> _Usage:

@@ -28,9 +28,10 @@ class _Level:
 
 
 def walk(sandbox: str, on_entry: OnEntry, on_leave: OnLeave | None = None) -> bool:
-    """Visit everything in `sandbox`; False if some could not be visited. OSError if none can.
+    """Visit everything in `sandbox`; OSError if that itself cannot be opened.
 
-    A run that moves directories about while this is in them ends the walk early.
+    False if some was missed: a run that moves a directory away while this is in it ends the walk.
+    What is not the runner's own (other file systems, directories it has no right to) is left out.
     """
     complete = True
     current = os.open(sandbox, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -44,7 +45,6 @@ def walk(sandbox: str, on_entry: OnEntry, on_leave: OnLeave | None = None) -> bo
                 name = level.pending.pop()
                 entered = _enter(current, name, device)
                 if entered is None:
-                    complete = False
                     continue
                 os.close(current)
                 current = entered
@@ -82,7 +82,7 @@ def _read(directory: int, level: _Level, on_entry: OnEntry) -> bool:
 
 
 def _enter(directory: int, name: str, device: int) -> int | None:
-    """A descriptor of the directory `name`; None if it is gone, or not of this file system."""
+    """A descriptor of the directory `name`; None if it is gone, or not the runner's own."""
     try:
         entered = os.open(name, DIRECTORY, dir_fd=directory)
     except PermissionError:

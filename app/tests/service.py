@@ -200,6 +200,14 @@ def running(*parts: str) -> Iterator[int]:
             yield int(pid)
 
 
+def parent(pid: int) -> int:
+    """The pid of a process's parent; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
 def resident(pid: int) -> int:
     """Bytes of memory that the process has resident."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,6 +137,8 @@ def test_a_run_that_exceeds_is_cut_and_costs_only_itself(
     with quota.run(connection) as lease:
         for number in range(150):
             (tmp_path / f"new{number}").touch()
+            if number == 50:  # what a scan found bearable half-way is the run's all the same
+                quota._check()
         os.utime(tmp_path / "new1", (0, 0))
         # As its supervision does, it leaves when it is cut.
         assert wait_for(lambda: not connection.recv(1), "the cut", 5)
@@ -159,6 +160,18 @@ def test_what_is_unlinked_but_open_counts(tmp_path: Path, connection: socket.soc
         assert lease.exceeded
 
 
+def test_a_tree_that_cannot_be_seen_gets_no_benefit(
+    tmp_path: Path, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = make(tmp_path, quota_bytes=4 * MIB)
+    quota.start()
+    monkeypatch.setattr("nox_runner.tree.walk", lambda *_: False)
+    with quota.run(connection) as lease:
+        (tmp_path / "big").write_bytes(os.urandom(8 * MIB))
+        assert wait_for(lambda: not connection.recv(1), "the cut", 5)
+    assert lease.exceeded
+
+
 def test_housekeeping_goes_by_the_time_that_no_run_can_set(tmp_path: Path) -> None:
     (tmp_path / "forged").write_text("x")
     os.utime(tmp_path / "forged", (0, 0))
@@ -171,10 +184,8 @@ def test_an_idle_quota_does_not_scan(tmp_path: Path) -> None:
     quota = make(tmp_path)
     quota.start()
     scanned = quota._scanned
-    time.sleep(0.3)
+    time.sleep(2.3)
     assert quota._scanned == scanned
-    before = threading.active_count()
-    assert before == threading.active_count()
 
 
 @pytest.mark.skipif(not openat2.available(), reason="the kernel has no openat2")

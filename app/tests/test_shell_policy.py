@@ -47,6 +47,7 @@ REFUSED = [
     ("remove-system", "true ||\n  rm -rf \\\n  /"),
     ("remove-system", "ls # a comment\nrm -rf /"),
     ("remove-system", "2>/dev/null rm -rf /"),
+    ("remove-system", "rm -rf 2>x /"),
     ("remove-system", "rm -rf / 2>&1"),
     ("remove-system", "find / -delete"),
     ("remove-system", "find /etc -type f -exec rm -f {} +"),
@@ -93,7 +94,8 @@ ALLOWED = [
     "init() { echo; }", "x=reboot; echo $x", "echo ${x#*/}", "echo $((1 << 2)) $(( (1+2)*3 ))",
     "echo 'unclosed", 'echo "unclosed', "echo $(unclosed", "echo `unclosed", ")", "}", ";;", "case",
     "echo a{b,c}", "[ -d /etc ] && echo yes", "echo \\", "cat <<EOF", "f() (", "'' x", "$x -rf /",
-    "echo } ; echo {", "time", "env", "sudo -u", "timeout", "bash -c", "eval",
+    "echo } ; echo {", "x=/; x=$(pwd); rm -rf $x", "x=/ y=1 echo; rm -rf $x",
+    "time", "env", "sudo -u", "timeout", "bash -c", "eval",
 ]  # fmt: skip
 
 
@@ -119,7 +121,9 @@ def test_nothing_upsets_the_parser(script: str) -> None:
     examine(script)
 
 
-@pytest.mark.parametrize("piece", ["$(", "`", "((", "a;", '"$(', "\\", "<<E\n", "{ ", "case a in "])
+@pytest.mark.parametrize(
+    "piece", ["$(", "`", "((", "a;", "2> a ", "x=$x$x;", '"$(', "\\", "<<E\n", "{ ", "case a in "]
+)
 def test_hostile_scripts_cost_little(piece: str) -> None:
     started = time.process_time()
     examine(piece * (2 * MAX_EXAMINED // len(piece)))
