@@ -62,7 +62,7 @@ def mypy() -> None:
     run("mypy", "lab", "tests/run.py", "tests/hostile")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
-    modules = sorted((ROOT / "plugins/modules").glob("*.py"))
+    modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
     run("mypy", "--config-file", ROOT / "pyproject.toml", *modules, cwd=ROOT / ".collections")
 
 

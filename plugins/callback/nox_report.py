@@ -82,7 +82,7 @@ def rows(name: str, host: Host, repairing: bool) -> list[tuple[str, ...]]:
 
 def table(hosts: dict[str, Host], repairing: bool) -> str:
     """The whole table as text; without colour, so that it reads the same in a file."""
-    lines = [("host", "state", "seconds", "", "findings")]
+    lines: list[tuple[str, ...]] = [("host", "state", "seconds", "", "findings")]
     for name in sorted(hosts):
         lines += rows(name, hosts[name], repairing)
     widths = [max(len(line[column]) for line in lines) for column in range(4)]

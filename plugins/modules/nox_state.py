@@ -70,8 +70,8 @@ about:
   description: What was recorded of the playbook's own knowledge.
   returned: always
   type: dict
-uids:
-  description: Account to the recorded user id, for accounts that have to be made again.
+ids:
+  description: Account to its recorded C(uid) and C(gid), for accounts that have to be made again.
   returned: always
   type: dict
 aside:
@@ -110,7 +110,8 @@ from ansible_collections.nox.platform.plugins.module_utils.settings_file import 
 VERSION = 1  # of the record's shape; another one counts as no record
 ROLES = ("nox_account", "nox_release", "nox_logs", "nox_service", "nox_firewall", "nox_proxy", "nox_tools")
 OPERATOR = "operator"
-FAIL, WARN = "fail", "warn"
+FAIL = "fail"
+WARN = "warn"
 
 ROOT = Path("/opt/nox")
 CONFIG = Path("/etc/default/nox-api")
@@ -174,7 +175,8 @@ PACKAGES = {
 UNIT_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID"
 LEAST_FREE = 0.03  # of a file system's space or inodes: below this runs and uploads begin to fail
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL of include/uapi/linux/fs.h
-GETFLAGS, SETFLAGS = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS and FS_IOC_SETFLAGS there, on 64-bit hosts
+GETFLAGS = 0x80086601  # FS_IOC_GETFLAGS there, on 64-bit hosts
+SETFLAGS = 0x40086602  # FS_IOC_SETFLAGS there, on 64-bit hosts
 CLOCK_SLACK = 2.0  # seconds; a process's start is known to the second only
 
 
@@ -301,6 +303,7 @@ def account(name: str) -> dict[str, Any]:
         return {}
     return {
         "uid": entry.pw_uid,
+        "gid": entry.pw_gid,
         "group": group_name(entry.pw_gid),
         "home": entry.pw_dir,
         "shell": entry.pw_shell,
@@ -454,18 +457,20 @@ def compare_unit(name: str, role: str, unit: dict[str, str]) -> Findings:
         yield Finding("unit.reload", role, name, "the unit file as loaded", "changed since", WARN)
 
 
-def compare_units(wanted: dict[str, str], units: dict[str, dict[str, str]]) -> Findings:
+def compare_units(wanted: dict[str, str], units: dict[str, dict[str, str]], differing: set[str]) -> Findings:
+    """Every unit; whether it runs something old is asked of files that are as recorded only."""
     for name, role in wanted.items():
         if name not in units:
             yield Finding("unit.unknown", role, name, "an answer of systemd", "none")
             continue
-        yield from compare_unit(name, role, units[name])
-        if units[name]["ActiveState"] != "active":
+        found = list(compare_unit(name, role, units[name]))
+        yield from found
+        if found or units[name]["ActiveState"] != "active":
             continue
         pid = units[name].get("MainPID", "0")
         since = started(pid) if name in NOX_UNITS and pid != "0" else 0.0
         for what in (f"{UNIT_DIR}/{name}", str(ROOT / "current")):
-            if since and modified(what) > since + CLOCK_SLACK:
+            if since and what not in differing and modified(what) > since + CLOCK_SLACK:
                 yield Finding("unit.stale", role, name, f"started after {what} was changed", "started before")
                 break
 
@@ -558,7 +563,7 @@ def proxy_test(proxy: str) -> tuple[str, Any]:
     """(what the proxy says against its configuration on disk, that configuration in JSON where it has such a form)."""
     if proxy == "nginx":
         ran = run("nginx", "-t", "-q")
-        return (ran.stderr.strip() or "not readable") if ran.returncode not in (0, 127) else "", None
+        return (ran.stderr.strip().splitlines() or ["not readable"])[0] if ran.returncode not in (0, 127) else "", None
     ran = run("caddy", "adapt", "--adapter", "caddyfile", "--config", CADDYFILE)
     if ran.returncode != 0:
         return (ran.stderr.strip().splitlines() or ["not readable"])[-1] if ran.returncode != 127 else "", None
@@ -720,7 +725,7 @@ def examine(record: Record) -> list[Finding]:
     findings += compare_settings(about.get("patterns", {}))
     findings += compare_release(record["release"])
     units = show_units(list(record["units"]))
-    findings += compare_units(record["units"], units)
+    findings += compare_units(record["units"], units, {finding.what for finding in findings})
     findings += compare_sockets(units, proxy)
     if about.get("firewall"):
         ran = run("iptables", "-S")
@@ -858,7 +863,7 @@ def main() -> None:
         stale=stale_units(findings, "nox_service"),
         stale_proxy=stale_units(findings, "nox_proxy"),
         about={key: value for key, value in record.get("about", {}).items() if key != "patterns"},
-        uids={name: entry["uid"] for name, entry in record.get("accounts", {}).items()},
+        ids={name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()},
         seconds=round(time.monotonic() - begun, 3),
         **extra,
     )

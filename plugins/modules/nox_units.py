@@ -83,7 +83,8 @@ def plan(units: dict[str, dict[str, str]], state: str) -> list[list[str]]:
     masked = [n for n in names if units[n]["LoadState"] == "masked"]
     if masked:
         actions.append(["unmask", *masked])
-    if masked or any(u["LoadState"] == "not-found" or u["NeedDaemonReload"] == "yes" for u in units.values()):
+    # anything but "loaded": systemd tried at a moment when the file was missing or damaged, and remembers that
+    if masked or any(u["LoadState"] != "loaded" or u["NeedDaemonReload"] == "yes" for u in units.values()):
         actions.append(["daemon-reload"])
     disabled = [n for n in names if units[n]["UnitFileState"] not in ("enabled", "static", "alias")]
     if disabled:

@@ -90,7 +90,7 @@ class TestUnits:
         assert [finding.id for finding in found] == expected
 
     def test_no_answer_is_a_finding(self) -> None:
-        assert ids(nox_state.compare_units({"a.service": "nox_service"}, {})) == ["unit.unknown a.service"]
+        assert ids(nox_state.compare_units({"a.service": "nox_service"}, {}, set())) == ["unit.unknown a.service"]
 
 
 class TestFirewall:
