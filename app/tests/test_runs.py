@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from service import Service, resident, parent, running
+from service import Service, parent, resident, running
 
 
 def test_python(nox: Service) -> None:
