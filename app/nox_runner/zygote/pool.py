@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -63,6 +64,12 @@ class Hatchling:
     pid: int
     spent_us: int
     group: Group | None = None
+
+    def has_ended(self) -> bool:
+        """Whether its init is dead, and so all of it; then `pid` may be another process's."""
+        poll = select.poll()  # no limit on the descriptor's number
+        poll.register(self.handle, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """End all of its processes; returns at once."""
