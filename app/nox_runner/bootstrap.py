@@ -31,6 +31,12 @@ def _start() -> None:
         own_frame = error.__traceback__
         error.__traceback__ = own_frame.tb_next if own_frame else None
         sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            import signal
+
+            sys.stdout.flush()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         sys.exit(1)
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from nox_runner.limits import Limits
 
+NO_CPU_SHARE = "a run may use every core; there are as many slots as cores"
 _OWN_LEAF = "supervisor"
 _PREFIX = "run-"
-_CONTROLLERS = ("memory", "pids", "cpu")
-_CPU_PERIOD_US = 100_000
+_CONTROLLERS = {"memory": "memory.max", "pids": "pids.max"}
 _REMOVE_SECONDS = 5.0
 
 
@@ -101,7 +101,7 @@ class Groups:
 
     def enforced(self, limits: Limits) -> dict[str, str]:
         """By name the limits that hold by these groups, and how."""
-        enforced = {"kill": "cgroup.kill"}
+        enforced = {}
         if "memory" in self.controllers:
             enforced["memory_per_run"] = f"{limits.memory} bytes, memory.max, no swap"
         if "pids" in self.controllers:
@@ -146,9 +146,8 @@ def _enable(root: str) -> frozenset[str]:
     os.makedirs(trial, exist_ok=True)
     try:
         taken = set(_read(f"{trial}/cgroup.controllers").split())
-        files = {"memory": "memory.max", "pids": "pids.max", "cpu": "cpu.max"}
         return frozenset(
-            name for name, file in files.items()
+            name for name, file in _CONTROLLERS.items()
             if name in taken and os.access(f"{trial}/{file}", os.W_OK)
         )  # fmt: skip
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -295,3 +296,52 @@ def test_a_client_that_leaves_a_download(own: Make) -> None:
     wait_for(lambda: '"path": "/files/large"' in nox.front_log(), "the end of the download")
     assert (nox.logs / "error.log").read_text() == ""
     assert '"error"' not in nox.runner_log()
+
+
+def test_a_zygote_that_is_killed_is_replaced(own: Make) -> None:
+    nox = own(NOX_BACKEND="zygote").start()
+    assert nox.runner is not None
+    runner = nox.runner.pid
+    assert nox.python("print(1)")["stdout"] == "1\n"
+    for _ in range(3):
+        wait_for(lambda: len(children(runner)) == 1, "one zygote, and no orphan of the last one")
+        os.kill(children(runner)[0], signal.SIGKILL)
+        wait_for(lambda: nox.python("print(1)")["stdout"] == "1\n", "a run")
+    wait_for(lambda: len(children(runner)) == 1, "one zygote")
+    zygote = children(runner)[0]
+    waiting = children(zygote)
+    assert waiting
+    nox.runner.kill()
+    nox.runner.wait()
+    # None of what was made ahead outlives the runner.
+    wait_for(lambda: not any(os.path.exists(f"/proc/{p}") for p in [zygote, *waiting]), "the end")
+
+
+def test_a_sandbox_directory_that_is_replaced(own: Make) -> None:
+    nox = own(NOX_BACKEND="zygote").start()
+    nox.python("open('old', 'w').close()")
+    nox.sandbox.rename(nox.sandbox.with_name("away"))
+    nox.sandbox.mkdir()
+    if os.getuid() == 0:
+        shutil.chown(nox.sandbox, "nobody")
+    assert nox.python("import os; print(os.listdir('.'))")["stdout"] == "[]\n"
+
+
+def test_modules_that_cannot_be_loaded_ahead_are_skipped(own: Make) -> None:
+    nox = own(NOX_BACKEND="auto", NOX_PREIMPORT="antigravity_does_not_exist,json").start()
+    assert nox.detail()["runner"]["backend"] == "zygote"
+    assert "antigravity_does_not_exist" in nox.runner_log()
+    assert "preimport_skipped" in nox.runner_log()
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        main = list(map(int, file.read().split()))
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        if int(thread) != pid:
+            try:
+                with open(f"/proc/{pid}/task/{thread}/children") as file:
+                    main += map(int, file.read().split())
+            except FileNotFoundError:
+                continue
+    return main

@@ -37,6 +37,8 @@ class Attempt:
         sandbox: str,
         client: socket.socket | None,
     ) -> None:
+        if hatchling.has_ended():
+            raise ConnectionResetError("the sandbox ended before its job")
         self._hatchling = hatchling
         self._limits = limits
         self._client = client
@@ -217,8 +219,7 @@ class Attempt:
         ):
             status, exit_code, died_of = "memory_limit", None, None
         elif self._report is None:
-            # Nothing inside can kill the init. The kernel does, for want of memory.
-            status, died_of = "error", int(signal.SIGKILL)
+            status = "sandbox_error"  # nothing inside can kill the init, so something outside did
         return Outcome(
             status=status,
             exit_code=exit_code,

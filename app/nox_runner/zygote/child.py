@@ -20,6 +20,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, NoReturn
 
 from nox_runner.zygote import kernel
@@ -43,9 +44,27 @@ NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
 )
 _PLACE = "/run/nox"
+# The filter forbids namespaces too; a second wall costs nothing.
+_USER_LIMITS = {
+    "user_namespaces": 0,
+    "inotify_instances": 16,
+    "inotify_watches": 4096,
+}
+_known = 0
 _WALL = 0x40000000  # also children that were cloned without a signal
 # RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
 _LOOPBACK_UP = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
+
+
+def prepare() -> None:
+    """Before any fork: what can be settled once for all sandboxes."""
+    global _known
+    _known = len(sys.modules)
+    gc.collect()
+    # What is there now is not looked at again by any collection, so its pages stay shared. And
+    # none takes place before a program begins.
+    gc.freeze()
+    gc.disable()
 
 
 def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
@@ -90,7 +109,7 @@ def _start(config: dict[str, Any], job: socket.socket, report: int) -> int:
     kernel.map_ids(config["uid"], config["gid"])
     _mounts(config)
     _loopback()
-    _forbid_namespaces()
+    _own_limits()
     kernel.drop_capabilities()
     # Before the fork, so that there is no moment in which the program could look in.
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -133,10 +152,14 @@ def _loopback() -> None:
             raise OSError(-error, f"the loopback does not come up: {os.strerror(-error)}")
 
 
-def _forbid_namespaces() -> None:
-    # The filter forbids them too; a second wall costs nothing.
-    with open("/proc/sys/user/max_user_namespaces", "w") as file:
-        file.write("0")
+def _own_limits() -> None:
+    """Limits that the kernel keeps per user namespace, below the user's own, which all share."""
+    for name, value in _USER_LIMITS.items():
+        try:
+            with open(f"/proc/sys/user/max_{name}", "w") as file:
+                file.write(str(value))
+        except FileNotFoundError:
+            continue
 
 
 def _close_all_but(*kept: int) -> None:
@@ -182,6 +205,7 @@ def _become_program(job: socket.socket) -> NoReturn:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         os.execv("/bin/sh", ["/bin/sh", path, *wanted["args"]])
     sys.argv = [path, *wanted["args"]]
+    gc.enable()
     _finish(*_python(text, path))
 
 
@@ -275,17 +299,16 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
 def _settle() -> None:
     """Let go of what the program's own modules hold."""
     place = sys.path[-1] + "/"
-    own = [sys.modules.get("__main__")]
-    own += [m for m in list(sys.modules.values()) if _file_of(m).startswith(place)]
-    for module in own:
-        if isinstance(module, types.ModuleType):
-            _empty(module.__dict__)
+    own: list[object] = [sys.modules.get("__main__")]
+    # Only what was imported since the fork: to look at all others would copy their pages.
+    for module in islice(reversed(sys.modules.values()), max(0, len(sys.modules) - _known)):
+        path = getattr(module, "__dict__", {}).get("__file__")
+        if isinstance(path, str) and path.startswith(place):
+            own.append(module)
+    for found in own:
+        if isinstance(found, types.ModuleType):
+            _empty(found.__dict__)
     gc.collect()
-
-
-def _file_of(module: object) -> str:
-    path = getattr(module, "__dict__", {}).get("__file__")
-    return path if isinstance(path, str) else ""
 
 
 def _empty(names: dict[str, Any]) -> None:

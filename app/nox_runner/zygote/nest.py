@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import errno
-import gc
 import importlib
 import json
 import os
@@ -51,9 +50,7 @@ def main(control: socket.socket) -> int:
     sys.path[:] = [path for path in sys.path if path != config["library"]]
     for name in [name for name in sys.modules if name.partition(".")[0] == "nox_runner"]:
         del sys.modules[name]
-    gc.collect()
-    # What is there now is not looked at again by any collection, so its pages stay shared.
-    gc.freeze()
+    child.prepare()
     control.send(READY + json.dumps(skipped).encode())
     while asked := control.recv(1):
         for _ in asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import nox_runner
+from nox_runner import orphans
 from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
@@ -64,6 +66,12 @@ class Hatchling:
     spent_us: int
     group: Group | None = None
 
+    def has_ended(self) -> bool:
+        """Whether its init is dead, and so all of it; then `pid` may be another process's."""
+        poll = select.poll()  # no limit on the descriptor's number
+        poll.register(self.handle, select.POLLIN)
+        return bool(poll.poll(0))
+
     def kill(self) -> None:
         """End all of its processes; returns at once."""
         with suppress(ProcessLookupError):
@@ -75,9 +83,6 @@ class Hatchling:
         self.job.close()
         os.close(self.report)
         os.close(self.handle)
-        # Its parent is the zygote; if that one died, this process has inherited it.
-        with suppress(ChildProcessError):
-            os.waitpid(self.init, os.WNOHANG)
         if self.group is not None:
             self.group.remove()
 
@@ -91,6 +96,7 @@ class Pool:
         self._changed = threading.Condition()
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
+        self._dying: list[int] = []
         self._plan: Plan | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -139,7 +145,7 @@ class Pool:
     def _keep(self) -> None:
         while not self._closed:
             with self._changed:
-                self._changed.wait_for(self._has_work, timeout=60)
+                self._changed.wait_for(self._has_work, timeout=0.05 if self._dying else 60)
                 plan, hurry = self._plan, len(self._ready) < 2
             if self._closed:
                 return
@@ -164,7 +170,11 @@ class Pool:
 
     def _bury(self) -> None:
         while self._spent:
-            self._spent.popleft().close()
+            hatchling = self._spent.popleft()
+            hatchling.close()
+            self._dying.append(hatchling.init)
+        # Their parent is the zygote; of one that died, this process has inherited them.
+        self._dying = [pid for pid in set(self._dying) if _is_dying(pid)]
 
     def _has_work(self) -> bool:
         plan = self._plan
@@ -233,8 +243,10 @@ class Pool:
                 if pipe is not None:
                     pipe.close()
             self._zygote = None
-        for hatchling in unwanted:
-            hatchling.close()
+        self._spent.extend(unwanted)
+        # Also one that the zygote made but had not told of. Nothing else is started here.
+        self._dying += orphans.children()
+        self._bury()
 
     def _hatch(self) -> Hatchling:
         control, zygote = self._control, self._zygote
@@ -259,6 +271,14 @@ class Pool:
             hatchling.close()
             raise
         return hatchling
+
+
+def _is_dying(pid: int) -> bool:
+    """Whether the process is a child of this one that has not ended yet."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
 
 
 def _greeting(job: socket.socket) -> tuple[int, int]:
