@@ -104,7 +104,11 @@ class RunResult(BaseModel):
     """What became of a run, whatever it was."""
 
     run_id: str
-    status: Literal["ok", "error", "timeout", "memory_limit", "output_limit", "sandbox_error"]
+    status: Literal["ok", "error", "timeout", "memory_limit", "output_limit", "sandbox_error"] = (
+        Field(
+            description="output_limit: of a stream, or of the sandbox's quota, as stderr says then"
+        )
+    )
     exit_code: int | None = Field(description="null if it died of a signal or was killed")
     signal: int | None = Field(
         description="What it died of. Exit codes 129 to 159 that a shell uses for signals are"

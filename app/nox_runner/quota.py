@@ -80,8 +80,6 @@ class Quota:
         """Of the file system, at the last scan."""
         self._scanned = float("-inf")
         self._cost = 0.0
-        self._good_ns = _now_ns()
-        """When the last scan within the quota began. What is older than this is nobody's fault."""
         self._kept = time.monotonic()
 
     def start(self) -> None:
@@ -236,9 +234,12 @@ class Quota:
                 for lease in cut:
                     lease.cut()
                 self._changed.wait_for(lambda: not cut & self._running, _KILL_SECONDS)
-            since_ns = min([self._good_ns, *(lease.started_ns for lease in cut)])
             try:
-                log("warning", "quota_exceeded", runs=len(cut), removed=self._prune(since_ns))
+                # Without a run there is nobody to blame: an operator may have copied files there,
+                # or lowered the quota. Then it is only full.
+                if cut:
+                    removed = self._prune(min(lease.started_ns for lease in cut))
+                    log("warning", "quota_exceeded", runs=len(cut), removed=removed)
             finally:
                 with self._changed:
                     self._cutting = False
@@ -268,9 +269,9 @@ class Quota:
     def _scan(self) -> bool:
         """Find what the sandbox holds; whether that is within the quota."""
         settings = self._settings()
-        started, started_ns = time.monotonic(), _now_ns()
+        started = time.monotonic()
         with self._changed:
-            oldest_ns = min([started_ns, *(lease.started_ns for lease in self._running)])
+            oldest_ns = min([_now_ns(), *(lease.started_ns for lease in self._running)])
             self._dirty = bool(self._running or self._uploads)
         is_suspicious = self._is_suspicious()
         free = _free(settings.sandbox)
@@ -285,13 +286,10 @@ class Quota:
         self._cost = self._scanned - started
         if complete or not within:
             self._usage, self._free = usage, free
-        if within and complete:
-            self._good_ns = started_ns
-            with self._changed:
-                for key in [k for k, (_, at_ns) in self._uploaded.items() if at_ns < oldest_ns]:
-                    del self._uploaded[key]
-        elif not complete:
-            self.touched()
+        with self._changed:
+            self._dirty |= within and not complete
+            for key in [k for k, (_, at_ns) in self._uploaded.items() if at_ns < oldest_ns]:
+                del self._uploaded[key]
         return within
 
 

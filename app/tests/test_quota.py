@@ -124,6 +124,18 @@ def test_a_full_sandbox_refuses_runs(tmp_path: Path, connection: socket.socket) 
     assert len(os.listdir(tmp_path)) == 99
 
 
+def test_without_a_run_nothing_is_removed(tmp_path: Path) -> None:
+    quota = make(tmp_path, quota_files=100)
+    quota.start()
+    for number in range(150):
+        (tmp_path / str(number)).touch()
+    quota.touched()
+    wait_for(lambda: quota.usage().files > 100, "the scan")
+    scanned = quota._scanned
+    time.sleep(2.3)
+    assert len(os.listdir(tmp_path)) == 150 and quota._scanned == scanned
+
+
 def test_a_run_that_exceeds_is_cut_and_costs_only_itself(
     tmp_path: Path, connection: socket.socket
 ) -> None:

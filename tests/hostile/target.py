@@ -138,8 +138,16 @@ find /dev/shm -mindepth 1 -user nox 2>/dev/null | wc -l
 ipcs -m 2>/dev/null | grep -c ' nox '
 find /tmp /var/tmp /run -user nox -name '*{prefix}*' 2>/dev/null | wc -l
 ls /etc/cron.d/{prefix}x 2>/dev/null | wc -l
+ps -u nox-api -o rss= | awk '{{ sum += $1 }} END {{ print int(sum / 131072) }}'
 """
-_WHAT = ("processes of nox", "files in /dev/shm", "shared memory segments", "temporary files", "files in /etc/cron.d")
+_WHAT = (
+    "processes of nox",
+    "files in /dev/shm",
+    "shared memory segments",
+    "temporary files",
+    "files in /etc/cron.d",
+    "times 128 MiB of memory in the front",
+)
 
 
 class Host:
