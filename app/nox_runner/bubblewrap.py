@@ -52,7 +52,7 @@ class Bubblewrap:
         try:
             return self._run(program, limits, sandbox, client, group)
         finally:
-            group.remove()
+            group.end()
 
     def _run(
         self,

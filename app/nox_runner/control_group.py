@@ -55,20 +55,22 @@ class Group:
         """Whether the kernel killed one of its processes for memory."""
         return _field(f"{self.path}/memory.events", "oom_kill") > 0
 
-    def remove(self) -> None:
-        """Kill what is left, and remove it as soon as the kernel lets go of it."""
+    def remove(self) -> bool:
+        """Remove it; False while the kernel has not let go of its last process yet."""
+        try:
+            os.rmdir(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Kill what is left, and remove it; what cannot be removed, the next start clears away."""
         self.kill()
         deadline = time.monotonic() + _REMOVE_SECONDS
-        while True:
-            try:
-                os.rmdir(self.path)
-                return
-            except FileNotFoundError:
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    return  # the next start clears it away
-                time.sleep(0.005)
+        while not self.remove() and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 class Groups:
@@ -130,7 +132,7 @@ def delegated() -> Groups:
             root = os.path.dirname(root)
         for name in os.listdir(root):
             if name.startswith(_PREFIX):
-                Group(f"{root}/{name}").remove()
+                Group(f"{root}/{name}").end()
         return Groups(root, _enable(root))
     except OSError as error:
         raise NotDelegatedError(f"no control group per run: {error}") from None

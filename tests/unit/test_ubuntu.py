@@ -80,7 +80,7 @@ def test_without_a_domain(tmp_path: Path) -> None:
     assert "tls internal" in site
     assert "response_header_timeout 50s" in site
     runner = (tmp_path / "nox-runner.service").read_text()
-    assert f"TasksMax={64 + (128 + 8) * 4}" in runner
+    assert f"TasksMax={64 + (128 + 16) * 4}" in runner
     assert "RestrictSUIDSGID=yes" in runner
     nginx = (tmp_path / "nox-api.nginx").read_text()
     assert "server_name 192.0.2.10 [2001:db8::10] run1.example.org" in nginx

@@ -20,7 +20,7 @@ from typing import Any
 from nox_runner.zygote import child, kernel
 
 READY = b"R"
-"""Told once. After it, each byte that comes asks for a sandbox."""
+"""Told once. After it, each byte that comes asks for a sandbox, several for several."""
 CHILD = b"C"
 """Begins the answer; with it come the job socket, the report pipe and the init's pidfd."""
 FAILED = b"E"
@@ -52,7 +52,7 @@ def main(control: socket.socket) -> int:
         del sys.modules[name]
     child.prepare()
     control.send(READY + json.dumps(skipped).encode())
-    while asked := control.recv(1):
+    while asked := control.recv(256):
         for _ in asked:
             _hatch(config, control)
     return 0

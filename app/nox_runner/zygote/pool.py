@@ -30,6 +30,7 @@ _HATCH_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
 # A refill competes with the answer on its way to the client, so it lets that one go first.
 _BREATH = 0.004
+_CORES = os.cpu_count() or 1
 _CREDENTIALS = struct.Struct("=iII")
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(nox_runner.__file__)))
 _START = f"""
@@ -83,8 +84,6 @@ class Hatchling:
         self.job.close()
         os.close(self.report)
         os.close(self.handle)
-        if self.group is not None:
-            self.group.remove()
 
 
 class Pool:
@@ -97,6 +96,7 @@ class Pool:
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
         self._dying: list[int] = []
+        self._emptying: list[Group] = []
         self._plan: Plan | None = None
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -145,7 +145,9 @@ class Pool:
     def _keep(self) -> None:
         while not self._closed:
             with self._changed:
-                self._changed.wait_for(self._has_work, timeout=0.05 if self._dying else 60)
+                self._changed.wait_for(
+                    self._has_work, timeout=0.05 if self._dying or self._emptying else 60
+                )
                 plan, hurry = self._plan, len(self._ready) < 2
             if self._closed:
                 return
@@ -158,12 +160,8 @@ class Pool:
                 if self._made_for != plan or not self._is_alive():
                     self._stop()
                     self._start(plan)
-                while len(self._ready) < plan.spare and self._plan == plan:
-                    hatchling = self._hatch()
-                    with self._changed:
-                        self._ready.append(hatchling)
-                        self._failure = ""
-                        self._changed.notify_all()
+                while (missing := plan.spare - len(self._ready)) > 0 and self._plan == plan:
+                    self._hatch(min(missing, _CORES))
                     self._bury()
             except (OSError, ValueError, struct.error) as error:
                 self._fail(str(error))
@@ -173,6 +171,10 @@ class Pool:
             hatchling = self._spent.popleft()
             hatchling.close()
             self._dying.append(hatchling.init)
+            if hatchling.group is not None:
+                hatchling.group.kill()
+                self._emptying.append(hatchling.group)
+        self._emptying = [group for group in self._emptying if not group.remove()]
         # Their parent is the zygote; of one that died, this process has inherited them.
         self._dying = [pid for pid in set(self._dying) if _is_dying(pid)]
 
@@ -248,29 +250,44 @@ class Pool:
         self._dying += orphans.children()
         self._bury()
 
-    def _hatch(self) -> Hatchling:
+    def _hatch(self, count: int) -> None:
+        """Make `count` sandboxes, side by side."""
         control, zygote = self._control, self._zygote
         assert control is not None and zygote is not None
         control.settimeout(_HATCH_SECONDS)
-        control.send(b"1")
-        told, descriptors, _, _ = socket.recv_fds(control, 4096, 3, socket.MSG_CMSG_CLOEXEC)
-        if told[:1] != nest.CHILD or len(descriptors) != 3:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise OSError(f"the zygote makes no sandbox: {_reason(told[1:], zygote)}")
-        job = socket.socket(fileno=descriptors[0])
-        hatchling = Hatchling(int(told[1:]), descriptors[2], descriptors[1], job, 0, 0)
+        control.send(b"1" * count)
+        made: deque[Hatchling] = deque()
         try:
-            job.settimeout(_HATCH_SECONDS)
-            hatchling.pid, hatchling.spent_us = _greeting(job)
-            if self._groups is not None and self._plan is not None:
-                hatchling.group = self._groups.make(self._plan.limits)
-                for pid in (hatchling.init, hatchling.pid):
-                    hatchling.group.add(pid)
-        except BaseException:
-            hatchling.close()
-            raise
-        return hatchling
+            for _ in range(count):
+                made.append(_receive(control, zygote))
+            while made:
+                self._greet(made[0])
+                with self._changed:
+                    self._ready.append(made.popleft())
+                    self._failure = ""
+                    self._changed.notify_all()
+        finally:
+            for hatchling in made:
+                hatchling.kill()
+            self._spent.extend(made)
+
+    def _greet(self, hatchling: Hatchling) -> None:
+        hatchling.job.settimeout(_HATCH_SECONDS)
+        hatchling.pid, hatchling.spent_us = _greeting(hatchling.job)
+        if self._groups is not None and self._made_for is not None:
+            hatchling.group = self._groups.make(self._made_for.limits)
+            for pid in (hatchling.init, hatchling.pid):
+                hatchling.group.add(pid)
+
+
+def _receive(control: socket.socket, zygote: subprocess.Popen[bytes]) -> Hatchling:
+    told, descriptors, _, _ = socket.recv_fds(control, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+    if told[:1] != nest.CHILD or len(descriptors) != 3:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise OSError(f"the zygote makes no sandbox: {_reason(told[1:], zygote)}")
+    job = socket.socket(fileno=descriptors[0])
+    return Hatchling(int(told[1:]), descriptors[2], descriptors[1], job, 0, 0)
 
 
 def _is_dying(pid: int) -> bool:
