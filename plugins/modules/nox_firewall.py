@@ -96,6 +96,22 @@ def closed_by_default(module: AnsibleModule) -> bool:
     return "-P INPUT DROP" in out and "ufw-before-input" in out
 
 
+def drop_flushed_chains(module: AnsibleModule) -> None:
+    """After `iptables -F` UFW's chains exist, empty and unused. UFW takes them for loaded ones, fills nothing, and its
+    next reload sets the policy to DROP: ssh is shut out. Without the chains it builds all of them.
+    """
+    for program in ("iptables", "ip6tables"):
+        _, out, _ = module.run_command([program, "-S"])
+        chains = re.findall(r"(?m)^-N (ufw\S*)", out)
+        jump = "ufw-before-input" if program == "iptables" else "ufw6-before-input"
+        if not chains or f"-A INPUT -j {jump}" in out:
+            continue
+        module.run_command([program, "-P", "INPUT", "ACCEPT"])
+        for flag in ("-F", "-X"):
+            for chain in chains:
+                module.run_command([program, flag, chain])
+
+
 def plan(rules: list[str], ports: list[int], default_input: str, enabled: bool, kernel_ok: bool) -> list[list[str]]:
     """UFW calls in the only safe order: openings, then the default, then the switch."""
     actions: list[list[str]] = [
@@ -141,6 +157,8 @@ def main() -> None:
 
     lines = [f"ufw {' '.join(action)}" for action in actions]
     if actions and not module.check_mode:
+        if enabled and not kernel_ok():
+            drop_flushed_chains(module)
         for action in actions:
             rc, out, err = module.run_command(["ufw", *action])
             if rc != 0:
