@@ -771,7 +771,7 @@ def owners_of(findings: list[Finding]) -> list[str]:
 
 def stale_units(findings: list[Finding], owner: str) -> list[str]:
     """Units of one role that are up, and have to start anew all the same. Roles only start what is down."""
-    ids = ("unit.stale", "unit.reload", "socket.closed", "proxy.stale", "certificate.bad")
+    ids = ("unit.stale", "unit.reload", "socket.closed", "proxy.stale")
     return sorted({one.what for one in findings if one.owner == owner and one.id in ids})
 
 

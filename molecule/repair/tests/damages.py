@@ -164,14 +164,13 @@ DAMAGES = [
         (
             f"path.missing {CADDY}",
             "socket.closed caddy.service",
-            "certificate.bad {url}",
         ),
     ),
     Damage(
         "another configuration loaded",
         "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/var/lib/caddy/admin.sock'); "
         "s.sendall(b'DELETE /config/apps/http/servers/srv0/routes/0 HTTP/1.0\\r\\n\\r\\n'); print(s.recv(999))\"",
-        ("proxy.stale caddy.service",),
+        ("certificate.bad {url}", "proxy.stale caddy.service"),
     ),
     # ── tools
     Damage("tool deleted", "rm /usr/local/bin/nox-debug", ("path.missing /usr/local/bin/nox-debug",)),
