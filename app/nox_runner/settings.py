@@ -57,7 +57,7 @@ class Settings:
     file_size: int = 64 << 20
     tmp_size: int = 64 << 20
     log_level: str = "info"
-    backend: str = "auto"
+    backend: str = "bubblewrap"
     preimport: tuple[str, ...] = PREIMPORT
 
 
