@@ -133,7 +133,11 @@ def delegated() -> Groups:
         for name in os.listdir(root):
             if name.startswith(_PREFIX):
                 Group(f"{root}/{name}").end()
-        return Groups(root, _enable(root))
+        controllers = _enable(root)
+        if not controllers:
+            # A group that limits nothing is not worth the time it takes to move processes there.
+            raise NotDelegatedError("the unit's control group has no controllers to limit with")
+        return Groups(root, controllers)
     except OSError as error:
         raise NotDelegatedError(f"no control group per run: {error}") from None
 
