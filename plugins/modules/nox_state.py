@@ -171,6 +171,7 @@ PACKAGES = {
     "bubblewrap": "nox_service",
     "ca-certificates": "nox_service",
     "curl": "nox_service",
+    "libseccomp2": "nox_service",
 }
 UNIT_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID"
 LEAST_FREE = 0.03  # of a file system's space or inodes: below this runs and uploads begin to fail
