@@ -163,6 +163,7 @@ def start_on_loopback(reason: str) -> Service:
         service = Service(f"http://127.0.0.1:{known['NOX_PORT']}", known["NOX_API_TOKEN"], "")
         if answers(service):
             return service
+    end_processes()  # of a start that came to nothing
     sandbox.mkdir(exist_ok=True)
     settings.touch(mode=0o600)
     port, token = free_port(), secrets.token_hex(32)
@@ -273,8 +274,8 @@ def spawn(name: str, words: list[str]) -> None:
     (STATE / f"{name}.pid").write_text(f"{process.pid}\n")
 
 
-def stop() -> None:
-    """Ends what a demo left running, on a host or on loopback."""
+def end_processes() -> None:
+    """Ends front and runner of an earlier start, by the pids it wrote down."""
     for name in ("front", "runner"):
         record = STATE / f"{name}.pid"
         if record.exists():
@@ -286,6 +287,11 @@ def stop() -> None:
             if ours:
                 os.kill(pid, signal.SIGTERM)
             record.unlink()
+
+
+def stop() -> None:
+    """Ends what a demo left running, on a host or on loopback."""
+    end_processes()
     shutil.rmtree(STATE, ignore_errors=True)
     if os.geteuid() == 0:
         command(sys.executable, "-m", "lab", "down", f"--lab={LAB}", "nox1")
