@@ -85,7 +85,9 @@ def test_python(nox: Service, code: str, stdout: str) -> None:
         ("def f(): raise ValueError from OSError('why')\nf()", 1, None, "direct cause"),
     ],
 )
-def test_ends(nox: Service, code: str, exit_code: int, signal: int | None, stderr: str) -> None:
+def test_ends(
+    nox: Service, code: str, exit_code: int | None, signal: int | None, stderr: str
+) -> None:
     result = nox.python(code)
     assert stderr in result["stderr"]
     if (exit_code, signal) != (None, None):
