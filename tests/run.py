@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,13 +158,13 @@ def unit_app(version: str) -> Callable[[], None]:
     def step() -> None:
         require_package("bwrap", "bubblewrap")
         app = ROOT / "app"
-        if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
-            app = test_home() / "app"
-            shutil.rmtree(app, ignore_errors=True)
-            shutil.copytree(ROOT / "app", app)
-        # from app/, whose packages need no installation there
         python = app_python(version)
-        run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
+        with tempfile.TemporaryDirectory(prefix="app-", dir=test_home()) as place:
+            if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
+                os.chmod(place, 0o755)
+                app = shutil.copytree(ROOT / "app", Path(place) / "app")
+            # from app/, whose packages need no installation there
+            run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
 
     return step
 

@@ -218,30 +218,24 @@ def test_no_token_no_service(client: Client) -> None:
         assert (status, problem["status"]) == (401, 401)
 
 
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 def test_a_body_over_the_limit_is_refused_by_the_api_not_cut_by_the_proxy(
-    name: str, token: str, addresses: dict[str, str], tmp_path: Path
+    name: str, token: str, addresses: dict[str, str], tmp_path: Path, version: str
 ) -> None:
-    # With curl, which reads an answer that comes while it is still sending, as clients should.
+    # More than once: a response that comes before the body's end is lost now and then, not always.
+    url = f"https://{addresses[name]}/run_py"
     body = tmp_path / "body"
-    body.write_bytes(b"#" * (16 * 1024 * 1024 + 1))
-    done = subprocess.run(
-        [
-            "curl",
-            "-q",
-            "-sS",
-            "--config",
-            "-",
-            "--cacert",
-            str(INVENTORY / f".ca/{name}.crt"),
-            "--data-binary",
-            f"@{body}",
-        ]
-        + ["-H", "Content-Type: application/json", f"https://{addresses[name]}/run_py"],
-        input=f'header = "Authorization: Bearer {token}"',
-        capture_output=True,
-        text=True,
-    )
-    assert json.loads(done.stdout)["status"] == 413, done.stderr
+    for size in [16 * 1024 * 1024 + 1] * 5 + [64 * 1024 * 1024]:
+        body.write_bytes(b"#" * size)
+        words = ["curl", "-q", "-sS", version, "--config", "-", "--cacert", str(INVENTORY / f".ca/{name}.crt")]
+        done = subprocess.run(
+            [*words, "--data-binary", f"@{body}", "-H", "Content-Type: application/json", url],
+            input=f'header = "Authorization: Bearer {token}"',
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{size} bytes: {done.stderr}"
+        assert json.loads(done.stdout)["status"] == 413
 
 
 SCAN = """
