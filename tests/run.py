@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [collection] [matrix] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -60,7 +60,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/hostile")
+    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/hostile")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -161,7 +161,7 @@ def unit_app(version: str) -> Callable[[], None]:
         python = app_python(version)
         with tempfile.TemporaryDirectory(prefix="app-", dir=test_home()) as place:
             if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
-                os.chmod(place, 0o755)
+                Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
             run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
@@ -178,11 +178,15 @@ def require_package(program: str, package: str) -> None:
     run("apt-get", "install", "-qq", "-y", package)
 
 
+def require_lab() -> None:
+    check = subprocess.run([sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True)
+    if check.returncode != 0:
+        raise CannotRunHere((check.stdout + check.stderr).strip())
+
+
 def molecule(scenario: str) -> Callable[[], None]:
     def step() -> None:
-        check = subprocess.run([sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True)
-        if check.returncode != 0:
-            raise CannotRunHere((check.stdout + check.stderr).strip())
+        require_lab()
         try:
             run("molecule", "test", "--scenario-name", scenario)
         finally:
@@ -198,6 +202,16 @@ def damage_matrix() -> None:
             "only on request (tests/run.py matrix): about 20 minutes, and not all damages pass: docs/repair.md"
         )
     molecule("repair")()
+
+
+def on_lab_hosts(module: str) -> Callable[[], None]:
+    """A test that brings up, and takes down, a lab of its own."""
+
+    def step() -> None:
+        require_lab()
+        run(sys.executable, "-m", module)
+
+    return step
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,7 @@ STEPS = (
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+    Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("matrix", "molecule: repair", damage_matrix),
 )
 
