@@ -60,7 +60,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/hostile")
+    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/hostile", "docs/generate.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -82,6 +82,10 @@ def shellcheck() -> None:
 
 def ansible_lint() -> None:
     run("ansible-lint", "--offline", "--profile=production", "--strict")
+
+
+def role_docs() -> None:
+    run(sys.executable, "docs/generate.py", "--check")
 
 
 def unit_control() -> None:
@@ -228,6 +232,7 @@ STEPS = (
     Step("lint", "yamllint", yamllint),
     Step("lint", "shellcheck", shellcheck),
     Step("lint", "ansible-lint, production profile", ansible_lint),
+    Step("lint", "role READMEs and variables page are fresh", role_docs),
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
