@@ -16,7 +16,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.on_hosts import BIN, ROOT, lab, run
+
 LAB = "collection"
 # Whatever else lies in a checkout (tests, labs, inventories, vaults, caches) has no business in the archive.
 BELONGS = re.compile(
@@ -26,29 +27,6 @@ BELONGS = re.compile(
     r"|inventory/(?:example|local)/.+)"
 )
 NEVER = re.compile(r"(?:^|/)(?:\.|__pycache__)|\.(?:pyc|key|pem|retry)$|vault\.yml$")
-
-
-def run(*words: str | Path, cwd: Path, environment: dict[str, str]) -> str:
-    """Run a command, show what it says, return it; exits with 1 if it fails."""
-    command = [str(word) for word in words]
-    print(f"$ {' '.join(command)}", flush=True)
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=sys.stderr,
-    )
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    if process.wait() != 0:
-        sys.exit(f"status {process.returncode}: {' '.join(command)}")
-    return "".join(lines)
 
 
 def check_contents(archive: Path) -> None:
@@ -77,7 +55,7 @@ def main() -> None:
             "XDG_CACHE_HOME": str(folder / ".cache"),
             "ANSIBLE_NOCOLOR": "1",
         }
-        build = Path(sys.executable).with_name("ansible-galaxy")
+        build = BIN / "ansible-galaxy"
         run(build, "collection", "build", "--output-path", folder, cwd=ROOT, environment=clean)
         (archive,) = folder.glob("nox-platform-*.tar.gz")
         check_contents(archive)
@@ -87,7 +65,7 @@ def main() -> None:
             ROOT / "requirements/control.lock",
         )  # versions and hashes; nothing of it but what is asked
         uv = (
-            Path(sys.executable).with_name("uv"),
+            BIN / "uv",
             "pip",
             "install",
             "--quiet",
@@ -97,18 +75,13 @@ def main() -> None:
         run(*uv, *lock, "ansible-core", cwd=folder, environment=clean)
         galaxy = (".venv/bin/ansible-galaxy", "collection", "install", "--offline", archive.name, "-p", "collections")
         run(*galaxy, cwd=folder, environment=clean)
-        lab = (sys.executable, "-m", "lab")
-        try:
-            up = (*lab, "up", f"--lab={LAB}", f"--inventory={folder / 'inventory'}")
-            run(*up, cwd=ROOT, environment=clean)
+        with lab(LAB, folder / "inventory", "nox1"):
             play = (".venv/bin/ansible-playbook", "-i", "inventory")
             run(*play, "nox.platform.install", cwd=folder, environment=clean)
             again = run(*play, "nox.platform.install", cwd=folder, environment=clean)
             if not re.search(r"(?m)^nox1 .*\bchanged=0 .*\bfailed=0 ", again):
                 sys.exit("the second run changed something")
             run(*play, "nox.platform.drift", cwd=folder, environment=clean)
-        finally:
-            run(*lab, "down", f"--lab={LAB}", cwd=ROOT, environment=clean)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [collection] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [matrix] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -60,7 +60,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/hostile", "docs/generate.py")
+    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "docs/generate.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -236,6 +236,7 @@ STEPS = (
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+    Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("matrix", "molecule: repair", damage_matrix),
 )
