@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile collection role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,5 +71,11 @@ lock: setup ## renew the lock files from requirements/*.in
 hostile: setup ## attack a living Nox with the hostile suite: make hostile NOX_URL=https://… NOX_CA=… (token in NOX_TOKEN)
 	@$(BIN)/python -m tests.hostile --url "$(NOX_URL)" $(if $(NOX_CA),--ca "$(NOX_CA)") $(if $(NOX_HOST),--host "$(NOX_HOST)")
 
+role-docs: setup ## the roles' READMEs and docs/variables.md, from the argument specifications
+	@$(BIN)/python docs/generate.py
+
+collection: setup ## the archive dist/nox-platform-VERSION.tar.gz, for ansible-galaxy collection install
+	$(BIN)/ansible-galaxy collection build --force --output-path dist
+
 clean: ## remove what the targets made in this folder (not the lab's hosts)
-	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible inventory/lab
+	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible dist inventory/lab

@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [matrix] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -60,7 +60,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/hostile")
+    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "docs/generate.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -82,6 +82,10 @@ def shellcheck() -> None:
 
 def ansible_lint() -> None:
     run("ansible-lint", "--offline", "--profile=production", "--strict")
+
+
+def role_docs() -> None:
+    run(sys.executable, "docs/generate.py", "--check")
 
 
 def unit_control() -> None:
@@ -178,11 +182,15 @@ def require_package(program: str, package: str) -> None:
     run("apt-get", "install", "-qq", "-y", package)
 
 
+def require_lab() -> None:
+    check = subprocess.run([sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True)
+    if check.returncode != 0:
+        raise CannotRunHere((check.stdout + check.stderr).strip())
+
+
 def molecule(scenario: str) -> Callable[[], None]:
     def step() -> None:
-        check = subprocess.run([sys.executable, "-m", "lab", "check"], cwd=ROOT, capture_output=True, text=True)
-        if check.returncode != 0:
-            raise CannotRunHere((check.stdout + check.stderr).strip())
+        require_lab()
         try:
             run("molecule", "test", "--scenario-name", scenario)
         finally:
@@ -200,6 +208,16 @@ def damage_matrix() -> None:
     molecule("repair")()
 
 
+def on_lab_hosts(module: str) -> Callable[[], None]:
+    """A test that brings up, and takes down, a lab of its own."""
+
+    def step() -> None:
+        require_lab()
+        run(sys.executable, "-m", module)
+
+    return step
+
+
 @dataclass(frozen=True)
 class Step:
     group: str
@@ -214,9 +232,12 @@ STEPS = (
     Step("lint", "yamllint", yamllint),
     Step("lint", "shellcheck", shellcheck),
     Step("lint", "ansible-lint, production profile", ansible_lint),
+    Step("lint", "role READMEs and variables page are fresh", role_docs),
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+    Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
+    Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("matrix", "molecule: repair", damage_matrix),
 )
 
