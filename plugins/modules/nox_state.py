@@ -946,7 +946,8 @@ def write_record(path: Path, record: Record) -> bool:
     """Through a private temporary file and a rename; False when it says the same already."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     status = describe(str(path), False)
-    if read_text(str(path)) == text and (status.get("owner"), status.get("mode")) == ("root:root", "0600"):
+    private = (status.get("owner"), status.get("mode")) == ("root:root", "0600")
+    if read_text(str(path)) == text and private and modified(str(path)) <= time.time():
         return False
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
