@@ -161,7 +161,7 @@ def unit_app(version: str) -> Callable[[], None]:
         python = app_python(version)
         with tempfile.TemporaryDirectory(prefix="app-", dir=test_home()) as place:
             if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
-                os.chmod(place, 0o755)
+                Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
             run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))

@@ -69,7 +69,7 @@ def remedies(found: dict[str, Any]) -> list[str]:
 def without_python(result: dict[str, Any]) -> bool:
     """Whether a task failed because the host has no interpreter where Ansible looks for it."""
     said = f"{result.get('module_stderr', '')}{result.get('module_stdout', '')}{result.get('msg', '')}"
-    return bool(re.search(r"python3\S*: (No such file|not found|cannot execute)", said))
+    return bool(re.search(r"/python3[.0-9]*: (No such file|not found|cannot execute)", said))
 
 
 PYTHON_GONE = {

@@ -45,14 +45,18 @@ def changed_files(directory: Path) -> list[Path]:
         return []
 
 
+def whole_manifest(entries: Any) -> list[dict[str, Any]]:
+    """The entries if all of them are activations, none if any is something else."""
+    whole = isinstance(entries, list) and all(isinstance(entry, dict) and "release" in entry for entry in entries)
+    return entries if whole else []
+
+
 def read_manifest(path: Path) -> list[dict[str, Any]]:
     """The record of activations, oldest first; empty where it is missing or damaged."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        return whole_manifest(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return []
-    whole = isinstance(entries, list) and all(isinstance(entry, dict) and "release" in entry for entry in entries)
-    return entries if whole else []
 
 
 def foreign_writer(directory: Path) -> str:

@@ -78,6 +78,7 @@ from ansible_collections.nox.platform.plugins.module_utils.release_files import 
     foreign_writer,
     read_manifest,
     release_problem,
+    whole_manifest,
 )
 
 
@@ -146,10 +147,9 @@ def target_of(link: Path) -> str:
 def recovered_manifest(state: Path) -> list[dict[str, Any]]:
     """The activations as the host's record remembers them, for a manifest that was lost."""
     try:
-        entries = json.loads(state.read_text(encoding="utf-8"))["manifest"]
+        return whole_manifest(json.loads(state.read_text(encoding="utf-8"))["manifest"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return entries if isinstance(entries, list) else []
 
 
 def write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:

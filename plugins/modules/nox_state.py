@@ -830,7 +830,11 @@ def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
         except OSError:
             parent = next(place for place in path.parents if place.is_dir())
             moment = parent.stat().st_mtime
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)) if moment else ""
+    return text_of(moment) if moment else ""
+
+
+def text_of(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def traces() -> list[str]:
@@ -850,8 +854,9 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
             findings.append(Finding("record.mode", "nox_service", str(path), "root:root 0600", shown))
         written = modified(str(path))
         if time.time() < written - CLOCK_BEHIND:
-            shown = [time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)) for moment in (written, time.time())]
-            findings.append(Finding("clock.behind", OPERATOR, "clock", f"after {shown[0]}", shown[1], WARN))
+            findings.append(
+                Finding("clock.behind", OPERATOR, "clock", f"after {text_of(written)}", text_of(time.time()), WARN)
+            )
         return ("drifted" if findings else "clean"), findings, record
     if not traces():
         return "absent", [], {}
@@ -935,8 +940,8 @@ def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str
         elif finding.id in ("path.changed", "release.manifest"):
             keep(finding.what, copy=True)
         elif finding.id == "release.damaged":
-            for path in changed_files(ROOT / "releases" / finding.what):
-                keep(str(path), copy=True)
+            for changed in changed_files(ROOT / "releases" / finding.what):
+                keep(str(changed), copy=True)
     for path in obstacles(findings, record):
         keep(path, copy=False)
     return moved
