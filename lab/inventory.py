@@ -36,6 +36,8 @@ def hosts_yml(lab: Lab, known_hosts: Path) -> str:
             # With the host goes the connection that Ansible keeps open: the next host of this name
             # and address must not meet it. %%r, the user, is for ssh to fill in.
             f'      ansible_control_path: "{host.dir}/ssh-%%r"',
+            # the same for testinfra, which doesn't know that variable and would connect anew for every command
+            f'      ansible_ssh_extra_args: "-o ControlPath={host.dir}/ssh-%r"',
             f'      lab_kind: "{host.kind}"',
             f'      lab_suite: "{host.suite}"',
         ]

@@ -110,19 +110,21 @@ status_is() {
   return 1
 }
 
-# Does a field of the last answer (a JSON object) have this value, written as JSON? Usage: field_is status '"ok"'
+# Do fields of the last answer (a JSON object) have these values, written as JSON?
+# Usage: field_is status '"ok"' exit_code 0
 field_is() {
-  WHY=$(python3 -I - "$BODY" "$1" "$2" 2>&1 <<'PYTHON'
+  WHY=$(python3 -I -S - "$BODY" "$@" 2>&1 <<'PYTHON'
 import json, sys
-body, name, wanted = sys.argv[1:]
+body, *pairs = sys.argv[1:]
+name = ""
 try:
     with open(body, encoding="utf-8") as file:
         document = json.load(file)
-    found = document[name]
+    for name, wanted in zip(pairs[::2], pairs[1::2]):
+        if document[name] != json.loads(wanted):
+            sys.exit(f"{name} is {json.dumps(document[name])[:200]} instead of {wanted[:200]}")
 except (ValueError, KeyError, TypeError) as error:
     sys.exit(f"no field {name} in the answer: {error!r}")
-if found != json.loads(wanted):
-    sys.exit(f"{name} is {json.dumps(found)[:200]} instead of {wanted[:200]}")
 PYTHON
   )
 }

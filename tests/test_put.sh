@@ -16,8 +16,7 @@ digest() {
 }
 
 puts() {
-  put "$FIRST" "$NAME" && status_is 201 && field_is path "\"$NAME\"" && field_is size 100000 &&
-    field_is sha256 "\"$(digest "$FIRST")\""
+  put "$FIRST" "$NAME" && status_is 201 && field_is path "\"$NAME\"" size 100000 sha256 "\"$(digest "$FIRST")\""
 }
 
 gets_back() {

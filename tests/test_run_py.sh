@@ -6,19 +6,17 @@
 source "$(dirname "${BASH_SOURCE[0]}")/smoke_lib.sh"
 
 prints() {
-  api_json /run_py '{"code": "print(6 * 7)"}' && status_is 200 && field_is status '"ok"' && field_is exit_code 0 &&
-    field_is stdout '"42\n"' && field_is stderr '""'
+  api_json /run_py '{"code": "print(6 * 7)"}' && status_is 200 && field_is status '"ok"' exit_code 0 stdout '"42\n"' stderr '""'
 }
 
 takes_input() {
   api_json /run_py '{"code": "import os, sys; print(sys.stdin.read(), sys.argv[1], os.environ[\"SMOKE\"])",
     "stdin": "in", "args": ["arg"], "env": {"SMOKE": "env"}}' &&
-    status_is 200 && field_is status '"ok"' && field_is stdout '"in arg env\n"'
+    status_is 200 && field_is status '"ok"' stdout '"in arg env\n"'
 }
 
 tells_exit_code() {
-  api_json /run_py '{"code": "import sys; sys.exit(3)"}' && status_is 200 && field_is status '"error"' &&
-    field_is exit_code 3
+  api_json /run_py '{"code": "import sys; sys.exit(3)"}' && status_is 200 && field_is status '"error"' exit_code 3
 }
 
 sees_uploads() {
@@ -34,8 +32,8 @@ stops_at_timeout() {
   api_json /run_py '{"code": "while True: pass", "timeout": 1}' && status_is 200 && field_is status '"timeout"' ||
     return 1
   took=$(((${EPOCHREALTIME/./} - start) / 1000))
-  ((took < 3000)) && return 0
-  WHY="the answer took $took ms, more than 3 s"
+  ((took < 10000)) && return 0
+  WHY="the answer took $took ms, more than 10 s"
   return 1
 }
 

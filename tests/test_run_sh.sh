@@ -7,17 +7,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/smoke_lib.sh"
 
 prints() {
   api_json /run_sh '{"cmd": "printf %s hello | tr a-z A-Z; echo wrong >&2"}' && status_is 200 &&
-    field_is status '"ok"' && field_is exit_code 0 && field_is stdout '"HELLO"' && field_is stderr '"wrong\n"'
+    field_is status '"ok"' exit_code 0 stdout '"HELLO"' stderr '"wrong\n"'
 }
 
 takes_input() {
   # shellcheck disable=SC2016 # the sandbox's shell expands it
   api_json /run_sh '{"cmd": "cat; echo \"$SMOKE\"", "stdin": "in ", "env": {"SMOKE": "env"}}' && status_is 200 &&
-    field_is status '"ok"' && field_is stdout '"in env\n"'
+    field_is status '"ok"' stdout '"in env\n"'
 }
 
 tells_exit_code() {
-  api_json /run_sh '{"cmd": "exit 3"}' && status_is 200 && field_is status '"error"' && field_is exit_code 3
+  api_json /run_sh '{"cmd": "exit 3"}' && status_is 200 && field_is status '"error"' exit_code 3
 }
 
 keeps_files() {
@@ -34,8 +34,8 @@ stops_at_timeout() {
   local start=${EPOCHREALTIME/./} took
   api_json /run_sh '{"cmd": "sleep 30", "timeout": 1}' && status_is 200 && field_is status '"timeout"' || return 1
   took=$(((${EPOCHREALTIME/./} - start) / 1000))
-  ((took < 3000)) && return 0
-  WHY="the answer took $took ms, more than 3 s"
+  ((took < 10000)) && return 0
+  WHY="the answer took $took ms, more than 10 s"
   return 1
 }
 

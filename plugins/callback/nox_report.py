@@ -17,6 +17,8 @@ requirements:
 
 import dataclasses
 import json
+import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Host:
     findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left: list[dict[str, Any]] | None = None
     aside: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    by: list[str] = dataclasses.field(default_factory=list)
     since: float = 0.0
     seconds: float = 0.0
     error: str = ""
@@ -55,6 +58,31 @@ def outcome(host: Host, repairing: bool) -> str:
     return "left" if host.left else "mended"
 
 
+def remedies(found: dict[str, Any]) -> list[str]:
+    """What a repair does about a check's result: roles, and units that are started, restarted or reloaded."""
+    words = list(found["owners"])
+    for verb, units in (("start", found["down"]), ("restart", found["stale"]), ("reload", found["stale_proxy"])):
+        words += [f"{verb} {unit}" for unit in units]
+    return words
+
+
+def without_python(result: dict[str, Any]) -> bool:
+    """Whether a task failed because the host has no interpreter where Ansible looks for it."""
+    said = f"{result.get('module_stderr', '')}{result.get('module_stdout', '')}{result.get('msg', '')}"
+    return bool(re.search(r"/python3[.0-9]*: (No such file|not found|cannot execute)", said))
+
+
+PYTHON_GONE = {
+    "id": "host.python",
+    "owner": "all",
+    "what": "/usr/bin/python3",
+    "expected": "the system's interpreter",
+    "found": "nothing that runs",
+    "severity": "fail",
+    "since": "",
+}
+
+
 def rows(name: str, host: Host, repairing: bool) -> list[tuple[str, ...]]:
     """Table rows of one host: one per finding, the host's name on the first."""
     word = outcome(host, repairing)
@@ -68,12 +96,15 @@ def rows(name: str, host: Host, repairing: bool) -> list[tuple[str, ...]]:
         text = (
             f"{finding['severity']:4} {finding['id']} {finding['what']}: {finding['found']}, not {finding['expected']}"
         )
+        text += f", since {finding['since']}" if finding.get("since") else ""
         text += " (yours to decide)" if finding["owner"] == "operator" else ""
         found.append((name if not found else "", word if not found else "", seconds if not found else "", state, text))
     if host.left:
         known = {key(one) for one in host.findings}
         new = [one for one in host.left if key(one) not in known]
         found += [("", "", "", "new", f"{one['severity']:4} {one['id']} {one['what']}: {one['found']}") for one in new]
+    if repairing and host.by:
+        found.append(("", "", "", "by", ", ".join(host.by)))
     found += [("", "", "", "kept", f"{one['what']} in {one['to']}") for one in host.aside]
     if host.error:
         found.append(("", "", "", "error", host.error))
@@ -121,8 +152,14 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             return
         found = result._result
         name = result._host.get_name()
-        if name not in self.hosts:
-            self.hosts[name] = Host(found["verdict"], found["findings"], since=self.task_since)
+        if name not in self.hosts or self.hosts[name].verdict == "unknown":
+            before = self.hosts.get(name, Host(since=self.task_since))  # it had no Python at the first try
+            findings = before.findings + found["findings"]
+            verdict = "drifted" if before.findings else found["verdict"]
+            self.hosts[name] = Host(verdict, findings, since=before.since)
+            self.hosts[name].by = ["link /usr/bin/python3"] * bool(before.findings) + remedies(found)
+            if before.findings and found["verdict"] == "clean":
+                self.hosts[name].left = []
         elif "aside" in found:
             self.hosts[name].aside = found["aside"]
         else:
@@ -133,7 +170,12 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         self.hosts.setdefault(result._host.get_name(), Host()).verdict = "unreachable"
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
-        host = self.hosts.setdefault(result._host.get_name(), Host("failed"))
+        name = result._host.get_name()
+        if name not in self.hosts and without_python(result._result):
+            verdict = "drifted" if self.playbook == "drift.yml" else "unknown"
+            self.hosts[name] = Host(verdict, [PYTHON_GONE], since=self.task_since)
+            return
+        host = self.hosts.setdefault(name, Host("failed"))
         if host.left is None and host.verdict != "absent" and self.playbook == "repair.yml":
             lines = str(result._result.get("msg", "")).strip().splitlines()
             host.error = f"{result._task.get_name()}: {lines[0] if lines else 'no message'}"
@@ -144,16 +186,18 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             return
         repairing = self.playbook == "repair.yml"
         self._display.display(f"\n{table(self.hosts, repairing)}\n")
-        if self.json:
+        if self.json or os.environ.get("NOX_REPORT_JSON"):  # the latter: drift.py's
             document = {
                 name: {
                     "state": outcome(host, repairing),
                     "seconds": round(host.seconds, 2),
                     "findings": host.findings,
                     "left": host.left or [],
+                    "by": host.by,
                     "aside": host.aside,
                     "error": host.error,
                 }
                 for name, host in sorted(self.hosts.items())
             }
-            Path(self.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            for path in filter(None, (self.json, os.environ.get("NOX_REPORT_JSON"))):
+                Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -33,6 +33,10 @@ options:
     description: How many releases stay, the current one included.
     type: int
     default: 3
+  record:
+    description: Where M(nox.platform.nox_state) keeps its record; a lost manifest is made again from it.
+    type: path
+    default: /var/lib/nox/state.json
   state:
     description: V(current) unpacks and switches; V(healthy) records that the current release passed its tests.
     type: str
@@ -70,7 +74,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.release_files import foreign_writer, release_problem
+from ansible_collections.nox.platform.plugins.module_utils.release_files import (
+    foreign_writer,
+    read_manifest,
+    release_problem,
+    whole_manifest,
+)
 
 
 def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -> None:
@@ -135,12 +144,12 @@ def target_of(link: Path) -> str:
         return ""
 
 
-def read_manifest(path: Path) -> list[dict[str, Any]]:
+def recovered_manifest(state: Path) -> list[dict[str, Any]]:
+    """The activations as the host's record remembers them, for a manifest that was lost."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return whole_manifest(json.loads(state.read_text(encoding="utf-8"))["manifest"])
+    except (OSError, ValueError, LookupError, TypeError):
         return []
-    return entries if isinstance(entries, list) else []
 
 
 def write_manifest(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -178,6 +187,7 @@ def main() -> None:
             "archive": {"type": "path"},
             "root": {"type": "path", "default": "/opt/nox"},
             "keep": {"type": "int", "default": 3},
+            "record": {"type": "path", "default": "/var/lib/nox/state.json"},
             "state": {"type": "str", "choices": ["current", "healthy"], "default": "current"},
         },
         required_if=[("state", "current", ["sha256", "archive"])],
@@ -186,6 +196,9 @@ def main() -> None:
     root, name = Path(module.params["root"]), module.params["id"]
     manifest = root / "manifest.json"
     entries = read_manifest(manifest)
+    lost = not entries
+    if lost:
+        entries = recovered_manifest(Path(module.params["record"]))
     link = root / "current"
     previous = Path(target_of(link)).name
     actions: list[str] = []
@@ -227,8 +240,8 @@ def main() -> None:
         if not module.check_mode:
             write_manifest(manifest, entries[-200:])
 
-    elif not is_private_to_root(manifest):
-        actions.append(f"take {manifest} back")
+    elif lost or not is_private_to_root(manifest):
+        actions.append(f"{'recover' if lost else 'take back'} {manifest}")
         if not module.check_mode:
             write_manifest(manifest, entries)
 

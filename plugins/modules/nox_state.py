@@ -53,19 +53,34 @@ findings:
   description: What differs, in the order of the roles. The owner C(operator) means that no role may change it.
   returned: always
   type: list
-  sample: [{id: unit.masked, owner: nox_service, what: nox-api.service, expected: enabled, found: masked, severity: fail}]
+  sample:
+    - id: unit.masked
+      owner: nox_service
+      what: nox-api.service
+      expected: enabled
+      found: masked
+      severity: fail
+      since: "2026-01-31T12:00:00Z"
 owners:
-  description: The roles that mend the findings, in the order of an install.
+  description: The roles that mend the findings, in the order of an install. A role whose units are merely down isn't among them.
+  returned: always
+  type: list
+down:
+  description: Units that only have to be enabled and started; nothing else of their role differs.
   returned: always
   type: list
 stale:
-  description: Services of Nox that are up but run something older than what is on disk, or lost their socket.
+  description: Nox's units, all of them, if one is up but runs something older than what is on disk, or lost its socket.
   returned: always
   type: list
 stale_proxy:
-  description: The same of the proxy.
+  description: The proxy's unit, if it runs another configuration than the one on disk.
   returned: always
   type: list
+in_the_way:
+  description: Whether O(state=cleared) has something to do before the roles run.
+  returned: always
+  type: bool
 about:
   description: What was recorded of the playbook's own knowledge.
   returned: always
@@ -104,7 +119,12 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.release_files import foreign_writer, release_problem
+from ansible_collections.nox.platform.plugins.module_utils.release_files import (
+    changed_files,
+    foreign_writer,
+    read_manifest,
+    release_problem,
+)
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import LINE, parse_settings, token_state
 
 VERSION = 1  # of the record's shape; another one counts as no record
@@ -115,6 +135,8 @@ WARN = "warn"
 
 ROOT = Path("/opt/nox")
 CONFIG = Path("/etc/default/nox-api")
+LOG_DIR = Path("/var/log/nox-api")
+MANIFEST = ROOT / "manifest.json"
 UNIT_DIR = "/etc/systemd/system"
 RUNNER_SOCKET = "/run/nox-runner.sock"
 CADDY_ADMIN = "/var/lib/caddy/admin.sock"
@@ -173,17 +195,32 @@ PACKAGES = {
     "curl": "nox_service",
     "libseccomp2": "nox_service",
 }
-UNIT_PROPERTIES = "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID"
+UNIT_PROPERTIES = (
+    "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,InactiveEnterTimestampMonotonic"
+)
 LEAST_FREE = 0.03  # of a file system's space or inodes: below this runs and uploads begin to fail
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL of include/uapi/linux/fs.h
 GETFLAGS = 0x80086601  # FS_IOC_GETFLAGS there, on 64-bit hosts
 SETFLAGS = 0x40086602  # FS_IOC_SETFLAGS there, on 64-bit hosts
 CLOCK_SLACK = 2.0  # seconds; a process's start is known to the second only
+CLOCK_BEHIND = 300.0  # seconds that the clock may be behind the record, which was written in the past
+LOGS_LARGE = 1 << 30  # bytes in the log directory: rotation doesn't work, or nobody can read that much
+# What is mended by starting or restarting a unit; everything else takes the role that made it.
+ONLY_DOWN = (
+    "unit.failed",
+    "unit.inactive",
+    "unit.disabled",
+    "unit.masked",
+    "unit.reload",
+    "unit.stale",
+    "socket.closed",
+    "proxy.stale",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One difference. `what` is a path, a unit, an account, a package or a port."""
+    """One difference. `what` is a path, a unit, an account, a package or a port; `since` is empty where nothing tells."""
 
     id: str
     owner: str
@@ -191,6 +228,7 @@ class Finding:
     expected: str
     found: str
     severity: str = FAIL
+    since: str = ""
 
 
 Findings = Iterator[Finding]
@@ -396,7 +434,7 @@ def compare_release(recorded: str) -> Findings:
 
 
 def compare_manifest(recorded: str) -> Findings:
-    path = ROOT / "manifest.json"
+    path = MANIFEST
     try:
         last = json.loads(path.read_text(encoding="utf-8"))[-1]
         found, healthy = str(last["release"]), bool(last["healthy"])
@@ -471,7 +509,8 @@ def compare_units(wanted: dict[str, str], units: dict[str, dict[str, str]], diff
         pid = units[name].get("MainPID", "0")
         since = started(pid) if name in NOX_UNITS and pid != "0" else 0.0
         for what in (f"{UNIT_DIR}/{name}", str(ROOT / "current")):
-            if since and what not in differing and modified(what) > since + CLOCK_SLACK:
+            # A time that is still to come says only that the clock was set back.
+            if since and what not in differing and since + CLOCK_SLACK < modified(what) <= time.time():
                 yield Finding("unit.stale", role, name, f"started after {what} was changed", "started before")
                 break
 
@@ -600,8 +639,8 @@ def compare_proxy(proxy: str, unit: dict[str, str], ours: list[str], intact: boo
             stale = caddyfile_is_ours()
     else:
         since = max((started(pid) for pid in children(unit.get("MainPID", "0"))), default=0.0)
-        newest = max((modified(str(path)) for path in Path("/etc/nginx").rglob("*")), default=0.0)
-        stale = bool(since) and newest > since + CLOCK_SLACK
+        changes = [modified(str(path)) for path in Path("/etc/nginx").rglob("*")]
+        stale = bool(since) and any(since + CLOCK_SLACK < change <= time.time() for change in changes)
     if stale and intact:
         yield Finding("proxy.stale", role, f"{proxy}.service", "the configuration on disk", "another one is loaded")
 
@@ -657,6 +696,15 @@ def compare_disk(paths: list[str]) -> Findings:
             yield Finding("disk.inodes", OPERATOR, path, f"{LEAST_FREE:.0%} free", str(disk.f_favail))
 
 
+def compare_logs() -> Findings:
+    try:
+        size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(LOG_DIR))
+    except OSError:
+        return  # the paths say so
+    if size > LOGS_LARGE:
+        yield Finding("logs.large", OPERATOR, str(LOG_DIR), f"below {LOGS_LARGE >> 20} MiB", f"{size >> 20} MiB", WARN)
+
+
 # ── The whole
 
 
@@ -706,6 +754,8 @@ def make_record(about: dict[str, Any]) -> Record:
             if not re.search("TOKEN|SECRET|KEY|PASSWORD", name)
         },
         "release": release,
+        # the history of releases: what a lost manifest is made again from
+        "manifest": read_manifest(MANIFEST),
         "paths": paths,
         "accounts": {name: found for name in ACCOUNTS if (found := account(name))},
         "packages": packages,
@@ -737,9 +787,54 @@ def examine(record: Record) -> list[Finding]:
         intact = not any(finding.what in ours for finding in findings)
         findings += compare_proxy(proxy, unit, ours, intact)
         name = re.sub(r"^https?://|[\[\]]", "", about.get("url", ""))
-        findings += compare_certificate(name, about.get("ca", ""), unit.get("ActiveState") == "active")
-    findings += compare_disk(["/", str(ROOT), "/var/log", sandbox])
-    return sorted(findings, key=lambda one: ROLES.index(one.owner) if one.owner in ROLES else len(ROLES))
+        # what another configuration answers with says nothing about ours
+        asked = unit.get("ActiveState") == "active" and not any(one.id == "proxy.stale" for one in findings)
+        findings += compare_certificate(name, about.get("ca", ""), asked)
+    findings += compare_disk(["/", str(ROOT), "/var/log", str(LOG_DIR), sandbox])
+    findings += compare_logs()
+    findings.sort(key=lambda one: ROLES.index(one.owner) if one.owner in ROLES else len(ROLES))
+    return [dataclasses.replace(one, since=since(one, units)) for one in findings]
+
+
+def examine_living() -> list[Finding]:
+    """What can be said without a record: whether the parts that are there run what is on disk."""
+    units = show_units([*NOX_UNITS, "caddy.service", "nginx.service"])
+    ours = dict.fromkeys(NOX_UNITS, "nox_service")
+    findings = list(compare_units(ours, units, set()))
+    for proxy in ("caddy", "nginx"):
+        if os.path.lexists(list(PROXY_PATHS[proxy])[-1]):
+            findings += compare_sockets(units, proxy)
+            findings += compare_proxy(proxy, units.get(f"{proxy}.service", {}), list(PROXY_PATHS[proxy]), True)
+            break
+    else:
+        findings += compare_sockets(units, "none")
+    return [dataclasses.replace(one, since=since(one, units)) for one in findings]
+
+
+def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
+    """When it happened, as far as the host remembers: what is gone was removed at its directory's last change, or before."""
+    moment = 0.0
+    if one.id in ("unit.failed", "unit.inactive", "unit.masked") and one.what in units:
+        microseconds = int(units[one.what].get("InactiveEnterTimestampMonotonic") or 0)
+        if microseconds:
+            moment = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + microseconds / 1e6
+    elif one.id == "package.missing":
+        removed = re.findall(rf"(?m)^(\S+ \S+) remove {re.escape(one.what)}:", read_text("/var/log/dpkg.log"))
+        moment = time.mktime(time.strptime(removed[-1], "%Y-%m-%d %H:%M:%S")) if removed else 0.0
+    elif one.id == "path.owner" and one.found.split(":")[0].isdigit():
+        pass  # the account went, not the file
+    elif one.what.startswith("/") and one.owner != OPERATOR:
+        path = Path(one.what.partition(":")[0])
+        try:
+            moment = path.lstat().st_ctime
+        except OSError:
+            parent = next(place for place in path.parents if place.is_dir())
+            moment = parent.stat().st_mtime
+    return text_of(moment) if moment else ""
+
+
+def text_of(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def traces() -> list[str]:
@@ -757,27 +852,67 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
         if (status["owner"], status["mode"]) != ("root:root", "0600"):
             shown = f"{status['owner']} {status['mode']}"
             findings.append(Finding("record.mode", "nox_service", str(path), "root:root 0600", shown))
+        written = modified(str(path))
+        if time.time() < written - CLOCK_BEHIND:
+            findings.append(
+                Finding("clock.behind", OPERATOR, "clock", f"after {text_of(written)}", text_of(time.time()), WARN)
+            )
         return ("drifted" if findings else "clean"), findings, record
     if not traces():
         return "absent", [], {}
     why = "not readable" if path.exists() else "nothing"
-    return "drifted", [Finding("record.missing", "all", str(path), "a record of a finished install", why)], {}
+    missing = Finding("record.missing", "all", str(path), "a record of a finished install", why)
+    return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
+
+
+def only_down(findings: list[Finding], role: str) -> bool:
+    return all(one.id in ONLY_DOWN for one in findings if one.owner == role)
 
 
 def owners_of(findings: list[Finding]) -> list[str]:
     """The roles to run, in the order of an install; without a record nothing can be left out."""
     wanted = {finding.owner for finding in findings}
-    return [role for role in ROLES if role in wanted or "all" in wanted]
+    return [role for role in ROLES if "all" in wanted or (role in wanted and not only_down(findings, role))]
 
 
-def stale_units(findings: list[Finding], owner: str) -> list[str]:
+def down_units(findings: list[Finding]) -> list[str]:
+    """Units to start, in the order of an install, of roles that need not run for anything else."""
+    left_out = set(ROLES) - set(owners_of(findings))
+    units = [one.what for one in findings if one.id in ONLY_DOWN and one.owner in left_out]
+    return sorted(set(units), key=lambda name: NOX_UNITS.index(name) if name in NOX_UNITS else len(NOX_UNITS))
+
+
+def stale_units(findings: list[Finding], role: str) -> list[str]:
     """Units of one role that are up, and have to start anew all the same. Roles only start what is down."""
     ids = ("unit.stale", "unit.reload", "socket.closed", "proxy.stale")
-    return sorted({one.what for one in findings if one.owner == owner and one.id in ids})
+    return sorted({one.what for one in findings if one.owner == role and one.id in ids})
+
+
+def obstacles(findings: list[Finding], record: Record) -> list[str]:
+    """Directories where a file is to be written stop the roles; with a record they are findings."""
+    if record or not findings:
+        return []
+    return [
+        path for path, (_, content) in PATHS.items() if content and Path(path).is_dir() and not Path(path).is_symlink()
+    ]
+
+
+def in_the_way(findings: list[Finding], record: Record) -> bool:
+    ids = ("path.kind", "path.changed", "path.immutable", "release.damaged", "release.manifest", "disk.space")
+    return any(one.id in ids for one in findings) or bool(obstacles(findings, record))
+
+
+def make_room() -> None:
+    """Frees what anybody can have again: packages that apt has fetched, and releases that were never finished."""
+    run("apt-get", "clean")
+    for leftover in ROOT.glob("releases/.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str, str]]:
-    """Moves or copies aside what the roles would overwrite or stumble over. Nothing is deleted."""
+    """Moves or copies aside what the roles would overwrite or stumble over. Nothing that was anybody's is deleted."""
+    if any(one.id == "disk.space" for one in findings):
+        make_room()
     place = aside / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     moved = []
 
@@ -802,13 +937,13 @@ def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str
     for finding in findings:
         if finding.id == "path.kind":
             keep(finding.what, copy=False)
-        elif finding.id == "path.changed":
+        elif finding.id in ("path.changed", "release.manifest"):
             keep(finding.what, copy=True)
-    if not record:
-        # A directory or a link where a file is to be written stops the roles, whatever a record would say.
-        for path, (_, content) in PATHS.items():
-            if content and Path(path).is_dir() and not Path(path).is_symlink():
-                keep(path, copy=False)
+        elif finding.id == "release.damaged":
+            for changed in changed_files(ROOT / "releases" / finding.what):
+                keep(str(changed), copy=True)
+    for path in obstacles(findings, record):
+        keep(path, copy=False)
     return moved
 
 
@@ -816,7 +951,8 @@ def write_record(path: Path, record: Record) -> bool:
     """Through a private temporary file and a rename; False when it says the same already."""
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     status = describe(str(path), False)
-    if read_text(str(path)) == text and (status.get("owner"), status.get("mode")) == ("root:root", "0600"):
+    private = (status.get("owner"), status.get("mode")) == ("root:root", "0600")
+    if read_text(str(path)) == text and private and modified(str(path)) <= time.time():
         return False
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
@@ -852,17 +988,18 @@ def main() -> None:
             changed = write_record(path, new)
     verdict, findings, record = look(path)
     if state == "cleared":
-        actions = [one for one in findings if one.id in ("path.kind", "path.changed", "path.immutable")]
-        changed = bool(actions)
+        changed = in_the_way(findings, record)
         extra["aside"] = [] if module.check_mode else clear(findings, record, Path(module.params["aside"]))
-        changed = changed or bool(extra["aside"])
     module.exit_json(
         changed=changed,
         verdict=verdict,
         findings=[dataclasses.asdict(finding) for finding in findings],
         owners=owners_of(findings),
-        stale=stale_units(findings, "nox_service"),
+        down=down_units(findings),
+        # together: the socket's file descriptor and the front's connection belong to each other
+        stale=list(NOX_UNITS) if stale_units(findings, "nox_service") else [],
         stale_proxy=stale_units(findings, "nox_proxy"),
+        in_the_way=in_the_way(findings, record),
         about={key: value for key, value in record.get("about", {}).items() if key != "patterns"},
         ids={name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()},
         seconds=round(time.monotonic() - begun, 3),

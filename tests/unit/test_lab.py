@@ -508,6 +508,7 @@ def test_the_inventory_names_hosts_keys_and_kinds(tmp_path: Path) -> None:
     assert group["hosts"]["nox2"] == {
         "ansible_host": "10.77.2.12",
         "ansible_control_path": f"{lab.hosts['nox2'].dir}/ssh-%%r",
+        "ansible_ssh_extra_args": f"-o ControlPath={lab.hosts['nox2'].dir}/ssh-%r",
         "lab_kind": "nspawn",
         "lab_suite": "bookworm",
     }

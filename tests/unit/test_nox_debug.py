@@ -173,7 +173,7 @@ def test_every_text_is_said_somewhere() -> None:
 def test_every_finding_has_a_state_and_wrong_ones_a_cause() -> None:
     for check, topic in debug.ENGLISH.items():
         for name, text in topic.outcomes.items():
-            assert text.state in ("ok", "warn", "fail", "skip"), (check, name)
+            assert text.state in ("ok", "note", "warn", "fail", "skip"), (check, name)
             assert bool(text.cause) == (text.state in ("warn", "fail")), (check, name)
 
 
@@ -289,7 +289,7 @@ def test_a_report_groups_findings_under_their_problem_with_cause_and_command() -
     assert after.index("problem.service_start") < after.index("NOX_API_TOKEN")
     assert after.index("Other findings") < after.index("0644 root:root")
     assert "cause: " in after and "try: sudo chmod 0600 /etc/default/nox-api" in after
-    assert text.splitlines()[-1].startswith("broken: 2 failed, 0 warnings, 1 ok")
+    assert text.splitlines()[-1].startswith("broken: 2 failed, 0 warnings, 0 notes, 1 ok")
     assert "\033[31m" in debug.render(checks, "heading", colour=True)
 
 
@@ -768,6 +768,31 @@ def test_the_detail_of_health(
     found = host.find(check, debug.check_health_detail)
     assert found.state == state
     assert said in found.detail
+
+
+@pytest.mark.parametrize(
+    ("controllers", "missing", "state"),
+    [
+        # what no host has, and what this one hasn't: nothing to mend
+        ("cpuset cpu io memory pids", {"cpu_share": "as ever"}, "note"),
+        ("", {"cpu_share": "as ever", "memory_per_run": "no controllers"}, "note"),
+        # what this host could
+        ("cpuset cpu io memory pids", {"cpu_share": "as ever", "memory_per_run": "not delegated"}, "warn"),
+        ("", {"cpu_share": "as ever", "fast_start": "fell back"}, "warn"),
+    ],
+)
+def test_limits_that_the_host_cannot_hold_are_noted(
+    host: FakeHost, server: Server, controllers: str, missing: dict[str, str], state: str
+) -> None:
+    host.config(NOX_PORT=server.port)
+    host.write("/sys/fs/cgroup/cgroup.controllers", controllers)
+    server.detail = {"limits": {"enforced": {"cpu": "rlimit"}, "not_enforced": missing}}
+    checks = list(debug.check_health_detail(host.facts()))
+    found = next(check for check in checks if check.id == "health.limits")
+    assert found.state == state
+    assert all(f"{name} ({why})" in found.detail for name, why in missing.items())
+    assert debug.exit_code(checks) == (debug.HEALTHY if state == "note" else debug.DEGRADED)
+    assert ("healthy, with notes" in debug.render(checks, "here", colour=False)) == (state == "note")
 
 
 # --- proxy ---

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from ansible_collections.nox.platform.plugins.callback import nox_report
 from ansible_collections.nox.platform.plugins.module_utils import release_files
-from ansible_collections.nox.platform.plugins.modules import nox_settings, nox_state
+from ansible_collections.nox.platform.plugins.modules import nox_release, nox_settings, nox_state
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playbooks"))
+import drift
 
 RULES = """\
 -P INPUT DROP
@@ -154,6 +159,19 @@ def test_only_the_owners_run_in_the_order_of_an_install() -> None:
     assert nox_state.owners_of([finding("all")]) == list(nox_state.ROLES)
 
 
+def test_what_is_only_down_is_started_without_its_role() -> None:
+    found = [
+        nox_state.Finding("unit.failed", "nox_service", "nox-api.service", "active", "failed"),
+        nox_state.Finding("unit.inactive", "nox_service", "nox-runner.socket", "active", "inactive"),
+        nox_state.Finding("unit.inactive", "nox_proxy", "caddy.service", "active", "inactive"),
+        nox_state.Finding("path.missing", "nox_proxy", "/etc/caddy/Caddyfile", "file", "nothing"),
+    ]
+    assert nox_state.owners_of(found) == ["nox_proxy"]
+    assert nox_state.down_units(found) == ["nox-runner.socket", "nox-api.service"]
+    missing = nox_state.Finding("record.missing", "all", "/x", "a record", "nothing")
+    assert nox_state.down_units([*found, missing]) == []
+
+
 def test_what_is_up_and_old_is_restarted() -> None:
     found = [finding("nox_service", "unit.stale"), finding("nox_proxy", "proxy.stale"), finding("nox_service")]
     assert nox_state.stale_units(found, "nox_service") == ["x"]
@@ -165,6 +183,55 @@ def test_another_sites_fault_is_told_from_ours() -> None:
     message = "Error: adapting config: /etc/caddy/sites-enabled/blog.caddy:2: unrecognized directive: nonsense"
     assert nox_state.blamed(message, ours) == "/etc/caddy/sites-enabled/blog.caddy"
     assert nox_state.blamed(message.replace("blog", "nox-api"), ours) == ""
+
+
+class TestSince:
+    def test_a_change_is_as_old_as_the_files_status(self, tmp_path: Path) -> None:
+        path = tmp_path / "tool"
+        path.write_text("changed")
+        os.utime(path, (0, 0))  # which anybody can set
+        one = nox_state.Finding("path.changed", "nox_tools", str(path), "a", "b")
+        assert nox_state.since(one, {}) == nox_state.text_of(path.stat().st_ctime)
+
+    def test_what_is_gone_went_at_its_directorys_last_change_or_before(self, tmp_path: Path) -> None:
+        one = nox_state.Finding("path.missing", "nox_tools", str(tmp_path / "gone/deeper/tool"), "a", "b")
+        assert nox_state.since(one, {}) == nox_state.text_of(tmp_path.stat().st_mtime)
+
+    def test_a_unit_since_it_went_down(self) -> None:
+        down = unit(ActiveState="failed", InactiveEnterTimestampMonotonic=str(int(time.monotonic() * 1e6)))
+        one = nox_state.Finding("unit.failed", "nox_service", "a.service", "a", "b")
+        assert nox_state.since(one, {"a.service": down}) in (nox_state.text_of(time.time() - n) for n in (0, 1))
+        assert nox_state.since(one, {"a.service": unit()}) == ""
+
+    def test_an_owner_without_a_name_says_nothing_about_the_file(self, tmp_path: Path) -> None:
+        one = nox_state.Finding("path.owner", "nox_account", str(tmp_path), "nox:nox", "999:999")
+        assert nox_state.since(one, {}) == ""
+
+
+def test_a_time_still_to_come_is_no_sign_of_an_old_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nox_state, "UNIT_DIR", str(tmp_path))
+    monkeypatch.setattr(nox_state, "ROOT", tmp_path)
+    path = tmp_path / "nox-api.service"
+    path.write_text("")
+    units = {"nox-api.service": unit(MainPID=str(os.getpid()))}
+    wanted = {"nox-api.service": "nox_service"}
+    monkeypatch.setattr(nox_state, "started", lambda pid: time.time() - 100)
+    assert ids(nox_state.compare_units(wanted, units, set())) == ["unit.stale nox-api.service"]
+    os.utime(path, (time.time() + 3600,) * 2)
+    assert ids(nox_state.compare_units(wanted, units, set())) == []
+
+
+def test_the_clock_behind_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    nox_state.write_record(path, {"version": nox_state.VERSION})
+    monkeypatch.setattr(nox_state, "examine", lambda record: [])
+    if os.geteuid() == 0:
+        assert nox_state.look(path)[0] == "clean"
+    os.utime(path, (time.time() + 3600,) * 2)
+    assert "clock.behind clock" in ids(nox_state.look(path)[1])
+    # the next good moment to remember is a new one
+    assert nox_state.write_record(path, {"version": nox_state.VERSION})
+    assert "clock.behind clock" not in ids(nox_state.look(path)[1])
 
 
 def test_a_record_of_another_shape_is_none(tmp_path: Path) -> None:
@@ -217,6 +284,30 @@ def test_a_release_that_others_may_change(tmp_path: Path) -> None:
     assert release_files.foreign_writer(tmp_path) == "module.py"
 
 
+def test_a_lost_history_of_releases_comes_back_from_the_record(tmp_path: Path) -> None:
+    entries = [{"release": "0.1.0-aaaaaaaaaaaa", "since": "2026-01-01T00:00:00Z", "healthy": "2026-01-01T00:00:09Z"}]
+    (tmp_path / "state.json").write_text(json.dumps({"manifest": entries}))
+    assert nox_release.recovered_manifest(tmp_path / "state.json") == entries
+    for text in ("", "[]", "{}", '{"manifest": 1}', '{"manifest": [1]}'):
+        (tmp_path / "state.json").write_text(text)
+        assert nox_release.recovered_manifest(tmp_path / "state.json") == []
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [
+        (["clean", "clean"], 0),
+        (["clean", "drifted", "not installed"], 2),
+        (["clean", "not installed"], 3),
+        (["drifted", "unreachable", "failed"], 4),
+        (["drifted", "failed"], 1),
+        ([], 1),
+    ],
+)
+def test_one_exit_status_for_all_hosts(states: list[str], status: int) -> None:
+    assert drift.exit_status(states) == status
+
+
 class TestReport:
     FOUND: ClassVar[dict[str, Any]] = {
         "id": "unit.failed",
@@ -237,6 +328,15 @@ class TestReport:
         assert nox_report.outcome(drifted, repairing=True) == "left"
         assert nox_report.outcome(nox_report.Host("absent"), repairing=True) == "not installed"
         assert nox_report.outcome(nox_report.Host("unreachable"), repairing=False) == "unreachable"
+
+    def test_a_host_without_python_is_told_from_other_failures(self) -> None:
+        gone = {"module_stderr": "/bin/sh: 1: /usr/bin/python3: not found", "rc": 127}
+        assert nox_report.without_python(gone)
+        assert not nox_report.without_python({"msg": "python3-apt: not found in the archive"})
+
+    def test_remedies_in_the_order_in_which_they_are_taken(self) -> None:
+        found = {"owners": ["nox_logs"], "down": ["a"], "stale": [], "stale_proxy": ["caddy.service"]}
+        assert nox_report.remedies(found) == ["nox_logs", "start a", "reload caddy.service"]
 
     def test_every_finding_is_in_the_table(self) -> None:
         hosts = {"b": nox_report.Host("drifted", [self.FOUND], left=[]), "a": nox_report.Host("clean")}

@@ -1,4 +1,7 @@
-"""The damaged host, the playbooks that mend it, and the table at the end."""
+"""The damaged hosts, the playbooks that mend them, and the table at the end.
+
+Each of pytest-xdist's processes has a host of its own, so damages are done and mended side by side.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import testinfra
 
 INVENTORY = Path(os.environ["NOX_INVENTORY"])
 PROJECT = Path(os.environ["ANSIBLE_CONFIG"]).parent
-SEED = int(os.environ.get("NOX_MATRIX_SEED", str(random.SystemRandom().randrange(10**6))))
-PAIRS = int(os.environ.get("NOX_MATRIX_PAIRS", "10"))  # each takes about 15 s; 20 where there is time
-ROWS: list[tuple[str, str, float]] = []
+# In the environment, so that all processes choose the same pairs.
+SEED = int(os.environ.setdefault("NOX_MATRIX_SEED", str(random.SystemRandom().randrange(10**6))))
+PAIRS = int(os.environ.get("NOX_MATRIX_PAIRS", "20"))
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,57 @@ class Ran:
         return {f"{one['id']} {one['what']}" for one in self.report["findings"]}
 
 
-def play(verb: str, scratch: Path) -> Ran:
-    """Runs one playbook against the host."""
+def ran(verb: str, name: str, scratch: Path, *command: str) -> Ran:
     report = scratch / f"{verb}.json"
     report.unlink(missing_ok=True)
     begun = time.monotonic()
-    command = [
-        "ansible-playbook",
-        "-i",
-        str(INVENTORY),
-        str(PROJECT / f"playbooks/{verb}.yml"),
-        "-e",
-        f"nox_{verb}_json={report}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ["-i", str(INVENTORY), "--limit", name, "-e", f"nox_{verb}_json={report}"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True)
     seconds = time.monotonic() - begun
     output = done.stdout + done.stderr
     assert report.exists(), output
-    return Ran(done.returncode, json.loads(report.read_text())["nox1"], seconds, output)
+    return Ran(done.returncode, json.loads(report.read_text())[name], seconds, output)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One host and what can be done to it from here."""
+
+    name: str
+    scratch: Path
+
+    def drift(self) -> Ran:
+        return ran("drift", self.name, self.scratch, sys.executable, str(PROJECT / "playbooks/drift.py"))
+
+    def repair(self) -> Ran:
+        return ran("repair", self.name, self.scratch, "ansible-playbook", str(PROJECT / "playbooks/repair.yml"))
+
+    def install(self) -> None:
+        words = ["ansible-playbook", "-i", str(INVENTORY), "--limit", self.name]
+        subprocess.run([*words, str(PROJECT / "playbooks/install.yml")], check=True, capture_output=True)
+
+    def check(self) -> None:
+        """Everything that is asked of a freshly installed host, in its short form."""
+        tests = PROJECT / "molecule/shared/tests"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)],
+            env={**os.environ, "NOX_CHECK": "short", "NOX_CHECKED": self.name},
+            cwd=self.scratch,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    return Site(f"nox{int(number) + 1}", tmp_path_factory.mktemp("reports"))
+
+
+@pytest.fixture(scope="session")
+def host(site: Site) -> Any:
+    return testinfra.get_host(f"ansible://{site.name}?ansible_inventory={INVENTORY}")
 
 
 def pytest_report_header() -> str:
@@ -59,18 +97,16 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not ROWS:
+    """The table: what a test has noted with record_property, in the order in which it ended."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    rows = [(not report.passed, *row) for report in reports for key, row in report.user_properties if key == "damage"]
+    if not rows:
         return
-    width = max(len(name) for name, _, _ in ROWS)
-    terminalreporter.write_line(f"\n{'damage':{width}}  seconds  findings   (random pairs: seed {SEED})")
-    for name, findings, seconds in ROWS:
-        terminalreporter.write_line(f"{name:{width}}  {seconds:7.1f}  {findings}")
-    times = sorted(seconds for _, _, seconds in ROWS)
-    terminalreporter.write_line(
-        f"damage to healthy, median: {times[len(times) // 2]:.1f} s, longest: {times[-1]:.1f} s"
-    )
-
-
-@pytest.fixture(scope="session")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("reports")
+    width = max(len(row[1]) for row in rows)
+    write = terminalreporter.write_line
+    write(f"\n{'damage':{width}}  seconds  what drift reported → what mended it")
+    for failed, name, findings, by, seconds in sorted(rows, key=lambda row: row[5] if len(row) > 5 else 0):
+        write(f"{name:{width}}  {seconds:7.1f}  {'FAILED ' if failed else ''}{findings} → {by}")
+    times = sorted(row[4] for row in rows)
+    write(f"damages: {len(rows)}, seed of the pairs {SEED}")
+    write(f"damage to healthy, median: {times[len(times) // 2]:.1f} s, longest: {times[-1]:.1f} s")

@@ -1,6 +1,6 @@
 """What can happen to a host: how to do it, and exactly what drift must say.
 
-A finding is written "id what". `{release}` stands for the current release's name.
+A finding is written "id what". `{release}` stands for the current release's name, `{record}` for the record's path.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from typing import NamedTuple
 CADDY = "/etc/caddy/sites-enabled/nox-api.caddy"
 UNITS = "/etc/systemd/system"
 CONFIG = "/etc/default/nox-api"
+# As anybody does who may talk to Caddy's admin socket.
+OTHER_CONFIGURATION = (
+    "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/var/lib/caddy/admin.sock'); "
+    "s.sendall(b'DELETE /config/apps/http/servers/srv0/routes/0 HTTP/1.0\\r\\n\\r\\n'); print(s.recv(999))\""
+)
 
 
 class Damage(NamedTuple):
@@ -103,6 +108,11 @@ DAMAGES = [
         "mv /home/nox/nox/sandbox /root/sandbox-before",
         ("path.missing /home/nox/nox/sandbox",),
     ),
+    Damage(
+        "file where the sandbox was",
+        "mv /home/nox/nox/sandbox /root/sandbox-before; echo mine > /home/nox/nox/sandbox",
+        ("path.kind /home/nox/nox/sandbox",),
+    ),
     Damage("home closed to the runner", "chmod 700 /home/nox", ("path.mode /home/nox",)),
     # ── release
     Damage(
@@ -152,6 +162,11 @@ DAMAGES = [
     Damage("rotation removed", "rm /etc/logrotate.d/nox-api", ("path.missing /etc/logrotate.d/nox-api",)),
     # ── firewall
     Damage("firewall disabled", "ufw disable", ("firewall.boot /etc/ufw/ufw.conf", "firewall.open INPUT")),
+    Damage(
+        "firewall stopped",
+        "systemctl stop ufw",
+        ("unit.inactive ufw.service", "firewall.open INPUT"),
+    ),
     Damage("firewall reset", "ufw --force reset", ("firewall.boot /etc/ufw/ufw.conf", "firewall.open INPUT")),
     Damage("rules flushed behind UFW's back", "iptables -P INPUT ACCEPT; iptables -F", ("firewall.open INPUT",)),
     Damage("https rule deleted", "ufw delete allow 443/tcp", ("firewall.rule 443/tcp",)),
@@ -168,9 +183,14 @@ DAMAGES = [
     ),
     Damage(
         "another configuration loaded",
-        "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/var/lib/caddy/admin.sock'); "
-        "s.sendall(b'DELETE /config/apps/http/servers/srv0/routes/0 HTTP/1.0\\r\\n\\r\\n'); print(s.recv(999))\"",
-        ("certificate.bad {url}", "proxy.stale caddy.service"),
+        OTHER_CONFIGURATION,
+        ("proxy.stale caddy.service",),
+    ),
+    Damage(
+        "proxy failed, start limit hit",
+        "chmod 000 /usr/bin/caddy; systemctl restart caddy; for i in $(seq 12); do systemctl start caddy; done; "
+        "chmod 755 /usr/bin/caddy; systemctl is-failed caddy",
+        ("unit.failed caddy.service",),
     ),
     # ── tools
     Damage("tool deleted", "rm /usr/local/bin/nox-debug", ("path.missing /usr/local/bin/nox-debug",)),
@@ -184,5 +204,50 @@ DAMAGES = [
         "dpkg --remove --force-depends bubblewrap",
         ("package.missing bubblewrap",),
     ),
-    Damage("record deleted", "rm /var/lib/nox/state.json", ("record.missing /var/lib/nox/state.json",)),
+    Damage("record readable by all", "chmod 644 {record}", ("record.mode {record}",)),
+    Damage("record deleted", "rm {record}", ("record.missing {record}",)),
+    Damage(
+        "record deleted, another configuration loaded",
+        f"rm {{record}}; {OTHER_CONFIGURATION}",
+        ("record.missing {record}", "proxy.stale caddy.service"),
+    ),
+    # ── all kinds of times and states in between
+    Damage(
+        "install that ended half-way",
+        f"systemctl stop nox-api nox-runner.service nox-runner.socket; rm {{record}} {UNITS}/nox-* /opt/nox/current; "
+        "systemctl daemon-reload",
+        (
+            "record.missing {record}",
+            "unit.missing nox-runner.socket",
+            "unit.missing nox-runner.service",
+            "unit.missing nox-api.service",
+        ),
+    ),
+    Damage(
+        "upgrade that ended half-way",
+        "cp -a /opt/nox/releases/{release} /opt/nox/releases/0.0.1-0123456789ab; "
+        "ln -sfn releases/0.0.1-0123456789ab /opt/nox/current; systemctl restart nox-runner nox-api",
+        ("path.changed /opt/nox/current",),
+    ),
+    Damage(
+        "release switched, services not restarted",
+        "sleep 2.5; ln -sfn releases/{release} /opt/nox/current",
+        ("unit.stale nox-api.service", "unit.stale nox-runner.service"),
+    ),
+    Damage(
+        "clock set back an hour",
+        f"touch -d '+1 hour' {{record}} {UNITS}/nox-* {CADDY} {CONFIG}; touch -h -d '+1 hour' /opt/nox/current",
+        ("clock.behind clock",),
+    ),
+    Damage("python3 deleted", "rm /usr/bin/python3", ("host.python /usr/bin/python3",)),
+    Damage(
+        "modes thrown open",
+        "chmod 777 /opt/nox /home/nox/nox /var/log/nox-api /usr/local/bin/nox-debug",
+        (
+            "path.mode /opt/nox",
+            "path.mode /home/nox/nox",
+            "path.mode /var/log/nox-api",
+            "path.mode /usr/local/bin/nox-debug",
+        ),
+    ),
 ]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import INVENTORY, PAIRS, PROJECT, ROWS, SEED, Ran, play
+from conftest import PAIRS, SEED, Ran, Site
 from damages import DAMAGES, Damage
 
-testinfra_hosts = [f"ansible://nox1?ansible_inventory={os.environ['NOX_INVENTORY']}"]
-
+RECORD = "/var/lib/nox/state.json"
 MARK = "a line that must survive every repair"
 PUT_MARKS = (
     "echo kept > /home/nox/nox/sandbox/kept.txt && chown nox:nox /home/nox/nox/sandbox/kept.txt && "
@@ -25,11 +21,24 @@ PUT_MARKS = (
 EVIDENCE = (
     "test ! -e /root/sandbox-before || { mv /root/sandbox-before/* /home/nox/nox/sandbox/; rm -r /root/sandbox-before; }; "
     "sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; cat /home/nox/nox/sandbox/kept.txt; "
-    f"grep -cF '{MARK}' /var/log/nox-api/nox-api.log; true"
+    f"grep -hcF '{MARK}' /var/log/nox-api/nox-api.log /var/log/nox-api/nox-api.log.1 | paste -sd+; "
+    "sha256sum < /opt/nox/manifest.json"
+)
+KNOWN = (
+    "basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; "
+    "sha256sum < /opt/nox/manifest.json | cut -d ' ' -f 1"
 )
 BROKEN: list[bool] = []  # not empty while a test is on its way, or has failed
-# The damages that can't be told apart, or are no damage, once the other one is done.
-TOO_LARGE = {"record deleted", "everything below /opt/nox deleted"}
+# The damages that can't be told apart, or are no damage, once another one is done.
+TOO_LARGE = {
+    "record deleted",
+    "record deleted, another configuration loaded",
+    "install that ended half-way",
+    "everything below /opt/nox deleted",
+    "python3 deleted",
+}
+
+Note = Callable[[str, object], None]
 
 
 def pairs() -> list[tuple[Damage, Damage]]:
@@ -47,89 +56,135 @@ def pairs() -> list[tuple[Damage, Damage]]:
     return chosen
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def names(host: Any) -> dict[str, str]:
     """What the damages' texts leave open, and the things that must survive, put in place."""
     host.check_output(PUT_MARKS)
-    out = host.check_output("basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api")
-    release, token = out.split()
-    url = json.loads(host.check_output("cat /var/lib/nox/state.json"))["about"]["url"]
-    return {"release": release, "token": token, "url": url.removeprefix("https://")}
+    release, token, history = host.check_output(KNOWN).split()
+    return {"release": release, "token": token, "history": history, "record": RECORD}
 
 
 def damage(host: Any, one: Damage, names: dict[str, str]) -> set[str]:
     """Does it; returns the findings that are to be expected."""
     lines = host.check_output("cat /etc/default/nox-api 2> /dev/null | wc -l")
-    fill = {"release": names["release"], "url": names["url"], "line": str(int(lines) + 1)}
-    done = host.run(one.command.replace("{{", "\0").replace("{release}", names["release"]).replace("\0", "{"))
+    fill = {"release": names["release"], "record": RECORD, "line": str(int(lines) + 1)}
+    command = one.command.replace("{{", "\0")
+    for key in ("release", "record"):
+        command = command.replace(f"{{{key}}}", fill[key])
+    done = host.run(command.replace("\0", "{"))
     assert done.rc in (0, 1, 3), done.stderr
     return {finding.format(**fill) for finding in one.findings}
 
 
-def proven(host: Any, scratch: Path, names: dict[str, str], logs: bool) -> Ran:
+def kept_aside(host: Any, repaired: Ran) -> None:
+    """What was overwritten is named in the report, and is there."""
+    replaced = {one["what"] for one in repaired.report["findings"] if one["id"] in ("path.kind", "path.changed")}
+    aside = {one["what"]: one["to"] for one in repaired.report["aside"]}
+    assert replaced <= aside.keys()
+    if aside:
+        host.check_output(" && ".join(f"(test -e '{place}' || test -L '{place}')" for place in aside.values()))
+
+
+def proven(host: Any, site: Site, names: dict[str, str], logs: bool) -> Ran:
     """Repairs, and shows that all is well again. Returns the repair."""
-    repaired = play("repair", scratch)
+    repaired = site.repair()
     assert repaired.status == 0, repaired.output[-3000:]
     assert repaired.report["state"] == "mended", repaired.report
-    again = play("repair", scratch)
+    kept_aside(host, repaired)
+    again = site.repair()
     assert (again.status, again.report["state"]) == (0, "clean"), again.output[-3000:]
     assert "changed=0" in again.output
     assert " ok=1 " in again.output, "a clean host costs one task"
-    report = host.run("nox-debug --json")
-    failed = [check for check in json.loads(report.stdout)["checks"] if check["state"] == "fail"]
-    assert failed == []
-    token, kept, marks = host.check_output(EVIDENCE).splitlines()
+    token, kept, marks, history = host.check_output(EVIDENCE).splitlines()
     assert token == names["token"], "the token survives"
     assert kept == "kept", "the sandbox survives"
-    assert not logs or int(marks) > 0, "the logs survive"
-    if int(marks) == 0:
-        host.check_output(PUT_MARKS)  # gone with the damage itself
+    assert history.split()[0] == names["history"], "the history of releases survives"
+    lines = sum(map(int, marks.split("+")))
+    assert not logs or lines > 0, "the logs survive"
+    site.check()
+    # the check rotates the logs, for real
+    host.check_output(PUT_MARKS)
     return repaired
 
 
 @pytest.fixture(autouse=True)
-def sound(host: Any, names: dict[str, str]) -> Iterator[None]:
+def sound(host: Any, site: Site, names: dict[str, str]) -> Iterator[None]:
     """A test that failed leaves a damaged host: the next one is to find a sound one all the same."""
     if BROKEN:
-        host.run("rm -f /var/lib/nox/state.json; rm -rf /root/sandbox-before; systemctl restart caddy")
-        install = ["ansible-playbook", "-i", str(INVENTORY), str(PROJECT / "playbooks/install.yml")]
-        subprocess.run(install, check=True, capture_output=True)
+        host.run(
+            "rm -f /etc/caddy/sites-enabled/blog.caddy; umount -l /var/log/nox-api; chattr -i /usr/local/bin/nox-monitor; "
+            "test -e /usr/bin/python3 || ln -s python3.11 /usr/bin/python3; "
+            f"rm -rf {RECORD} /root/sandbox-before; systemctl restart caddy"
+        )
+        site.install()
         host.check_output(PUT_MARKS)
-        names["token"] = host.check_output("sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api")
+        names["release"], names["token"], names["history"] = host.check_output(KNOWN).split()
     BROKEN[:] = [True]
     yield
 
 
 @pytest.mark.parametrize("one", DAMAGES, ids=lambda one: one.name)
-def test_damage(host: Any, names: dict[str, str], scratch: Path, one: Damage) -> None:
+def test_damage(host: Any, site: Site, names: dict[str, str], one: Damage, record_property: Note) -> None:
+    begun = time.time()
     expected = damage(host, one, names)
-    drift = play("drift", scratch)
+    drift = site.drift()
     assert drift.findings == expected
     assert (drift.status, drift.report["state"]) == (2, "drifted")
-    repaired = proven(host, scratch, names, one.keeps_log)
-    ROWS.append((one.name, " · ".join(sorted(drift.findings)), repaired.seconds))
+    since = [finding["since"] for finding in drift.report["findings"] if finding["since"]]
+    # the clocks are the same: the hosts share this machine's kernel
+    assert all(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun - 1)) <= moment for moment in since), since
+    repaired = proven(host, site, names, one.keeps_log)
+    by = ", ".join(repaired.report["by"])
+    record_property("damage", (one.name, " · ".join(sorted(drift.findings)), by, repaired.seconds))
     BROKEN.clear()
 
 
 @pytest.mark.parametrize("both", pairs(), ids=lambda both: f"{both[0].name} + {both[1].name}")
-def test_pair(host: Any, names: dict[str, str], scratch: Path, both: tuple[Damage, Damage]) -> None:
+def test_pair(host: Any, site: Site, names: dict[str, str], both: tuple[Damage, Damage], record_property: Note) -> None:
     for one in both:
         damage(host, one, names)
-    repaired = proven(host, scratch, names, all(one.keeps_log for one in both))
-    ROWS.append((f"{both[0].name} + {both[1].name}", f"{len(repaired.findings)} findings", repaired.seconds))
+    repaired = proven(host, site, names, all(one.keeps_log for one in both))
+    name, by = f"{both[0].name} + {both[1].name}", ", ".join(repaired.report["by"])
+    record_property("damage", (name, f"{len(repaired.findings)} findings", by, repaired.seconds))
     BROKEN.clear()
 
 
-def test_the_operators_other_sites_are_left_alone(host: Any, scratch: Path) -> None:
-    """A proxy that can't load because of somebody else's site: said, not touched."""
-    site = "/etc/caddy/sites-enabled/blog.caddy"
-    host.check_output(f"printf 'blog.example {{\\n  nonsense\\n}}\\n' > {site}")
-    try:
-        repaired = play("repair", scratch)
-        assert repaired.status == 2
-        assert repaired.findings == {f"proxy.others {site}"}
-        assert host.check_output(f"sed -n 2p {site}") == "  nonsense"
-    finally:
-        host.check_output(f"rm {site}")
-    assert play("repair", scratch).report["state"] == "clean"
+BLOG = "/etc/caddy/sites-enabled/blog.caddy"
+
+
+@pytest.mark.parametrize("also", ["", "systemctl stop caddy nox-api"], ids=["proxy up", "proxy down"])
+def test_the_operators_other_sites_are_left_alone(host: Any, site: Site, also: str) -> None:
+    """A proxy that can't load because of somebody else's site: said, not touched; the rest is mended."""
+    host.check_output(f"printf 'blog.example {{\n  nonsense\n}}\n' > {BLOG}; {also or 'true'}")
+    repaired = site.repair()
+    assert (repaired.status, repaired.report["state"]) == (2, "left")
+    expected = {f"proxy.others {BLOG}"}
+    if also:
+        expected |= {"unit.inactive caddy.service", "unit.inactive nox-api.service"}
+    assert repaired.findings == expected
+    assert f"{BLOG}: " in repaired.output
+    assert "yours to decide" in repaired.output
+    assert host.check_output(f"sed -n 2p {BLOG}") == "  nonsense"
+    assert host.service("nox-api").is_running
+    host.check_output(f"rm {BLOG}")
+    assert site.repair().report["state"] == ("mended" if also else "clean")
+    site.check()
+    BROKEN.clear()
+
+
+def test_a_full_disk_is_said_and_the_rest_is_mended(host: Any, site: Site) -> None:
+    """The logs on a disk of their own that is full: only somebody who knows what they need may delete there."""
+    host.check_output(
+        "mount -t tmpfs -o size=1m,mode=2750,uid=$(id -u nox-api),gid=$(getent group adm | cut -d: -f3) none "
+        "/var/log/nox-api; head -c 2M /dev/zero > /var/log/nox-api/fill; systemctl stop nox-api"
+    )
+    repaired = site.repair()
+    assert repaired.findings == {"disk.space /var/log/nox-api", "unit.inactive nox-api.service"}
+    assert (repaired.status, repaired.report["state"]) == (2, "left")
+    assert [one["id"] for one in repaired.report["left"]] == ["disk.space"]
+    assert host.service("nox-api").is_running
+    host.check_output("rm /var/log/nox-api/fill")
+    assert site.repair().report["state"] == "clean"
+    host.check_output("systemctl stop nox-api; umount /var/log/nox-api; systemctl start nox-api")
+    site.check()
     BROKEN.clear()

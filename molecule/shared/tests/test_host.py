@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import textwrap
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INVENTORY, PROXY, Client
+from conftest import INVENTORY, PROXY, SHORT, Client
 
-testinfra_hosts = [f"ansible://nox?ansible_inventory={os.environ['NOX_INVENTORY']}"]
+testinfra_hosts = [f"ansible://{os.environ.get('NOX_CHECKED', 'nox')}?ansible_inventory={os.environ['NOX_INVENTORY']}"]
 
 # path: (kind, owner, group, mode). Every path the roles manage.
 PATHS: dict[str, tuple[str, str, str, str]] = {
@@ -112,9 +113,12 @@ def python(host: Any, program: str) -> Any:
 
 
 def test_users_and_groups(host: Any) -> None:
-    front, runner = host.user("nox-api"), host.user("nox")
-    assert (front.home, front.shell, front.groups) == ("/nonexistent", "/usr/sbin/nologin", ["nox-api"])
-    assert (runner.home, runner.shell, runner.groups) == ("/home/nox", "/usr/sbin/nologin", ["nox"])
+    entries = host.check_output("getent passwd nox-api nox; id -Gn nox-api; id -Gn nox").splitlines()
+    assert [entry.split(":")[5:] for entry in entries[:2]] == [
+        ["/nonexistent", "/usr/sbin/nologin"],
+        ["/home/nox", "/usr/sbin/nologin"],
+    ]
+    assert entries[2:] == ["nox-api", "nox"]
     # locked, both: no password opens them
     shadow = host.check_output("getent shadow nox nox-api")
     assert all(line.split(":")[1].startswith("!") for line in shadow.splitlines())
@@ -146,15 +150,17 @@ def test_release_is_consistent(host: Any) -> None:
     assert host.check_output("find /opt/nox ! -user root -o -perm /022 ! -type l") == ""
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_unit_runs_now_and_at_every_start(host: Any, unit: str) -> None:
-    service = host.service(unit)
-    assert service.is_enabled
-    assert service.is_running
-    shown = host.check_output("systemctl show -p NeedDaemonReload,NRestarts,Result %s" % unit)  # noqa: UP031
-    assert "NeedDaemonReload=no" in shown
-    assert "Result=success" in shown
-    assert "NRestarts=0" in shown or ".socket" in unit
+def test_units_run_now_and_at_every_start(host: Any) -> None:
+    properties = "Id,ActiveState,UnitFileState,NeedDaemonReload,Result,NRestarts"
+    blocks = host.check_output("systemctl show -p %s %s" % (properties, " ".join(UNITS))).split("\n\n")  # noqa: UP031
+    shown = [dict(line.split("=", 1) for line in block.splitlines()) for block in blocks]
+    assert [unit["Id"] for unit in shown] == UNITS
+    for unit in shown:
+        assert unit["ActiveState"] == "active", unit
+        assert unit["UnitFileState"] == "enabled", unit
+        assert unit["NeedDaemonReload"] == "no", unit
+        assert unit["Result"] == "success", unit
+        assert unit.get("NRestarts", "0") == "0", unit
 
 
 @pytest.mark.parametrize("unit", HARDENING)
@@ -225,7 +231,7 @@ def test_a_body_over_the_limit_is_refused_by_the_api_not_cut_by_the_proxy(
     # More than once: a response that comes before the body's end is lost now and then, not always.
     url = f"https://{addresses[name]}/run_py"
     body = tmp_path / "body"
-    for size in [16 * 1024 * 1024 + 1] * 5 + [64 * 1024 * 1024]:
+    for size in [16 * 1024 * 1024 + 1] * (1 if SHORT else 5) + [64 * 1024 * 1024] * (not SHORT):
         body.write_bytes(b"#" * size)
         words = ["curl", "-q", "-sS", version, "--config", "-", "--cacert", str(INVENTORY / f".ca/{name}.crt")]
         done = subprocess.run(
@@ -238,11 +244,12 @@ def test_a_body_over_the_limit_is_refused_by_the_api_not_cut_by_the_proxy(
         assert json.loads(done.stdout)["status"] == 413
 
 
+PATIENT = {22, 25, 80, 111, 443, 2019, 5355, 8080, 9999}  # where a slow answer would matter
 SCAN = """
 import asyncio, json, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 gate = asyncio.Semaphore(3000)
-patient = {22, 25, 80, 111, 443, 2019, 5355, 8080, 9999}
+patient = %(patient)s
 async def probe(port):
     async with gate:
         try:
@@ -269,13 +276,14 @@ def test_firewall_from_outside(host: Any, name: str, addresses: dict[str, str]) 
     other = next(one for one in addresses if one != name)
     outside = testinfra.get_host(f"ansible://{other}?ansible_inventory={os.environ['NOX_INVENTORY']}")
     bait = 9999
+    ports = "range(1, 65536)" if not SHORT else sorted({*PATIENT, *random.sample(range(1, 65536), 500)})
     host.check_output("systemd-run --quiet --unit nox-test-bait /usr/bin/python3 -m http.server %d" % bait)  # noqa: UP031
     try:
         host.check_output(
             "for i in $(seq 50); do curl -s -o /dev/null http://%s:%d && exit 0; sleep 0.1; done; exit 1"  # noqa: UP031
             % (addresses[name], bait)
         )
-        found = python(outside, SCAN % {"address": addresses[name], "ports": "range(1, 65536)"})
+        found = python(outside, SCAN % {"address": addresses[name], "ports": ports, "patient": PATIENT})
     finally:
         host.run("systemctl stop nox-test-bait")
     assert found["open"] == [22, 80, 443]
@@ -369,7 +377,7 @@ def test_rotation_loses_no_line(host: Any) -> None:
         workers = [threading.Thread(target=load, args=(n,)) for n in range(3)]
         for worker in workers:
             worker.start()
-        for _ in range(5):
+        for _ in range(ROTATIONS):
             time.sleep(0.5)
             subprocess.run(["logrotate", "-f", "/etc/logrotate.d/nox-api"], check=True)
         time.sleep(0.3)
@@ -383,11 +391,11 @@ def test_rotation_loses_no_line(host: Any) -> None:
             logged += re.findall(rf"/files/{run}-[0-9]+-[0-9]+", opener(name, "rt").read())
         print(json.dumps({"sent": len(sent), "lost": len(set(sent) - set(logged)), "twice": len(logged) - len(set(logged)),
                           "files": len(glob.glob("/var/log/nox-api/nox-api.log*"))}))
-        """,
+        """.replace("ROTATIONS", "1" if SHORT else "5"),
     )
     assert result["sent"] > 100
     assert (result["lost"], result["twice"]) == (0, 0)
-    assert result["files"] >= 5
+    assert result["files"] >= (2 if SHORT else 5)
 
 
 # ── The contract with those who edit by hand
@@ -415,7 +423,7 @@ def test_tools_of_the_host(host: Any) -> None:
     report = json.loads(done.stdout)
     failed = [check for check in report["checks"] if check["state"] == "fail"]
     assert failed == []
-    assert done.rc in (0, 1), "1: limits that need what this host lacks are warned about"
+    assert done.rc in (0, 1), "1: it warns of the 401s that these tests have provoked"
     monitor = host.run("nox-monitor 1 --count 1")
     assert monitor.rc == 0
     assert "nox-api" in monitor.stdout
