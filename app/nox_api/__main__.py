@@ -9,6 +9,7 @@ import sys
 
 from nox_api import __version__, log, settings
 from nox_api.application import create_app
+from nox_api.history.recorder import DEFAULT_PATH
 from nox_api.runner import DEFAULT_SOCKET, RunnerClient
 from nox_api.server import serve
 from nox_runner.settings import SettingsError
@@ -29,7 +30,7 @@ def main() -> int:
         _log.error("start_failed", extra={"fields": {"reason": str(error)}})
         return 1
     log.set_level(current.log_level)
-    app = create_app(current, RunnerClient(arguments.runner_socket))
+    app = create_app(current, RunnerClient(arguments.runner_socket), arguments.history_dir)
     return 0 if serve(app, arguments.settings) else 1
 
 
@@ -39,6 +40,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runner-socket", default=DEFAULT_SOCKET, metavar="PATH")
     parser.add_argument(
         "--log-dir", metavar="DIR", help="for nox-api.log and error.log; without it: stderr"
+    )
+    parser.add_argument(
+        "--history-dir", default=DEFAULT_PATH, metavar="DIR", help="the Git repository of past runs"
     )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args()

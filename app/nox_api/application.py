@@ -10,6 +10,8 @@ from nox_api import __version__, exposition, files, health, problem, runs
 from nox_api.access import AccessLog
 from nox_api.auth import BearerAuth
 from nox_api.body import BodyLimit
+from nox_api.history import routes as history
+from nox_api.history.recorder import DEFAULT_PATH
 from nox_api.runner import RunnerClient
 from nox_api.settings import FrontSettings
 from nox_api.state import State
@@ -17,7 +19,9 @@ from nox_api.state import State
 _DESCRIPTION = "Runs Python and shell programs in a sandbox. Errors are problems (RFC 9457)."
 
 
-def create_app(settings: FrontSettings, runner: RunnerClient) -> FastAPI:
+def create_app(
+    settings: FrontSettings, runner: RunnerClient, history_path: str = DEFAULT_PATH
+) -> FastAPI:
     """The application; `app.state.nox` is its State, by which a reload is done."""
     app = FastAPI(
         title="Nox",
@@ -28,10 +32,10 @@ def create_app(settings: FrontSettings, runner: RunnerClient) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    state = State(settings, runner)
+    state = State(settings, runner, history_path)
     app.state.nox = state
     app.state.runner_health = health.RunnerHealthCheck(runner)
-    for module in (health, runs, files, exposition):
+    for module in (health, runs, files, history, exposition):
         app.include_router(module.router)
     problem.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -20,5 +20,7 @@ router = APIRouter(tags=["metrics"], responses=responses(401))
 async def metrics(request: Request) -> Response:
     """Counters since the start of the front; slots, queue and sandbox as they are now."""
     nox = state.of(request)
-    content = nox.metrics.exposition(nox.slots, await request.app.state.runner_health.ask())
+    content = nox.metrics.exposition(
+        nox.slots, nox.recorder, await request.app.state.runner_health.ask()
+    )
     return Response(content, media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,7 @@ import time
 from typing import Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from nox_api import __version__, state
 from nox_api.auth import is_authenticated
@@ -57,7 +57,19 @@ class PublicSettings(BaseModel):
     quota_files: int
     keep_days: int
     shell_policy: bool
+    history: bool
+    history_days: int
+    history_size: int
     log_level: str
+
+
+class HistoryHealth(BaseModel):
+    """What became of the runs since the start of the front; absent while the history is off."""
+
+    recorded: int
+    dropped: int = Field(description="Not recorded: the queue was full, or the writer failed")
+    bytes: int = Field(description="On disk")
+    failed: str | None = Field(default=None, description="Why nothing is recorded now")
 
 
 class Limits(BaseModel):
@@ -77,6 +89,7 @@ class Health(BaseModel):
     slots: Used | None = None
     queue: Used | None = None
     sandbox: SandboxUsage | None = None
+    history: HistoryHealth | None = None
     settings: PublicSettings | None = None
 
 
@@ -130,5 +143,18 @@ async def health(request: Request) -> Health:
         slots=Used(used=nox.slots.used, total=nox.slots.total),
         queue=Used(used=nox.slots.queued, total=nox.slots.queue),
         sandbox=SandboxUsage.model_validate(runner.sandbox, from_attributes=True),
+        history=_history(nox),
         settings=PublicSettings.model_validate(nox.settings, from_attributes=True),
+    )
+
+
+def _history(nox: state.State) -> HistoryHealth | None:
+    recorder = nox.recorder
+    if not recorder.on:
+        return None
+    return HistoryHealth(
+        recorded=recorder.recorded,
+        dropped=recorder.dropped,
+        bytes=recorder.bytes,
+        failed=recorder.failed or None,
     )

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import Scope
 
 from nox_api import __version__
+from nox_api.history.recorder import Recorder
 from nox_api.slots import Slots
 from nox_runner.protocol import HealthReply, Language, Status
 
@@ -56,11 +57,25 @@ class Metrics:
                 ("quota_files", "The most there may be"),
             )
         }
+        self._history_up = Gauge(
+            "nox_history_up", "1 if runs are recorded, 0 if that fails, NaN if it is off",
+            registry=registry,
+        )  # fmt: skip
+        self._history_bytes = Gauge(
+            "nox_history_bytes", "What the history takes on disk", registry=registry
+        )
+        self._history = Counter(
+            "nox_history_runs", "Runs that were recorded, and those that were not: dropped",
+            ["outcome"], registry=registry,
+        )  # fmt: skip
+        self._history_told = {"recorded": 0, "dropped": 0}
         build = Gauge("nox_build_info", "Always 1", ["version", "python"], registry=registry)
         build.labels(__version__, platform.python_version()).set(1)
         # A series that appears with its first event hides that event from rate().
         for reason in ("queue_full", "policy"):
             self._refused.labels(reason)
+        for outcome in self._history_told:
+            self._history.labels(outcome)
 
     def run(
         self,
@@ -84,12 +99,19 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
-    def exposition(self, slots: Slots, runner: HealthReply | str) -> bytes:
-        """All of it in Prometheus' text format, with what `slots` and the runner hold now."""
+    def exposition(self, slots: Slots, recorder: Recorder, runner: HealthReply | str) -> bytes:
+        """All of it in Prometheus' text format, with what the others hold and count now."""
         self._slots.set(slots.total)
         self._slots_used.set(slots.used)
         self._queue.set(slots.queue)
         self._queue_used.set(slots.queued)
+        self._history_up.set(not recorder.failed if recorder.on else float("nan"))
+        self._history_bytes.set(recorder.bytes)
+        for outcome, count in (("recorded", recorder.recorded), ("dropped", recorder.dropped)):
+            # The recorder counts; a counter here can only be brought up to it.
+            series = self._history.labels(outcome)
+            series.inc(count - self._history_told[outcome])
+            self._history_told[outcome] = count
         known = runner if isinstance(runner, HealthReply) else None
         self._up.set(known is not None and known.able)
         for name, gauge in self._sandbox.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from collections.abc import Awaitable
 from typing import Annotated, Literal, TypeVar
 
@@ -14,6 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from nox_api import access, shell_policy, state
 from nox_api.failures import as_problems
+from nox_api.history.record import new_run_id
+from nox_api.history.recorder import FinishedRun
 from nox_api.problem import ProblemError, invalid, responses
 from nox_api.slots import QueueFullError
 from nox_runner import protocol
@@ -171,7 +172,7 @@ async def _run(
     if program.timeout is not None and program.timeout > longest:
         raise invalid("body.timeout", f"must not be more than {longest:g} seconds")
     run = protocol.Run(
-        run_id=uuid.uuid4().hex,
+        run_id=new_run_id(),
         language=language,
         args=program.args,
         env=program.env,
@@ -181,15 +182,18 @@ async def _run(
     )
     access.note(request.scope, run_id=run.run_id)
 
+    content, stdin = source.encode(), (program.stdin or "").encode()
+
     async def take_turn() -> tuple[protocol.RunReply, bytes, bytes]:
         async with nox.slots.one():
-            return await nox.runner.run(run, source.encode(), (program.stdin or "").encode())
+            return await nox.runner.run(run, content, stdin)
 
     try:
         with as_problems():
             reply, stdout, stderr = await _while_connected(request, take_turn())
     except ClientDisconnect:
         nox.metrics.run(language, "cancelled")
+        nox.recorder.record(FinishedRun(run, content, stdin))
         raise
     except QueueFullError as full:
         nox.metrics.refused("queue_full")
@@ -197,6 +201,7 @@ async def _run(
         raise ProblemError(429, "All slots and the queue are full", headers=headers) from None
     access.note(request.scope, run_status=reply.status)
     nox.metrics.run(language, reply.status, reply.duration_ms)
+    nox.recorder.record(FinishedRun(run, content, stdin, reply, stdout, stderr))
     result = RunResult(
         run_id=run.run_id,
         status=reply.status,

@@ -27,8 +27,9 @@ _log = logging.getLogger("nox.server")
 class Server(uvicorn.Server):
     """uvicorn's server, which tells systemd how far it is, and reloads at SIGHUP."""
 
-    def __init__(self, config: uvicorn.Config, reload: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, state: State, reload: Callable[[], None]) -> None:
         super().__init__(config)
+        self._state = state
         self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -36,6 +37,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+            self._state.recorder.apply(self._state.settings)
             systemd.ready()
             where = {"address": self.config.host, "port": self.config.port}
             _log.info("ready", extra={"fields": where})
@@ -45,6 +47,7 @@ class Server(uvicorn.Server):
         systemd.stopping(self.config.timeout_graceful_shutdown or 0)
         _log.info("stopping")
         await super().shutdown(sockets)
+        await self._state.recorder.close()
         _log.info("stopped")
 
 
@@ -65,7 +68,7 @@ def serve(app: FastAPI, settings_path: str) -> bool:
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.timeout + _DRAIN_MARGIN),
     )
-    server = Server(config, lambda: reload(state, config, settings_path))
+    server = Server(config, state, lambda: reload(state, config, settings_path))
     # After its orderly end uvicorn raises the signal again, for handlers that were there before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

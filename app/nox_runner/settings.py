@@ -60,6 +60,9 @@ class Settings:
     quota_files: int = 20_000
     keep_days: int = 0
     shell_policy: bool = True
+    history: bool = False
+    history_days: int = 90
+    history_size: int = 512 << 20
     log_level: str = "info"
     backend: str = "bubblewrap"
     preimport: tuple[str, ...] = PREIMPORT
@@ -165,6 +168,9 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_QUOTA_FILES": ("quota_files", _whole(100, 100_000_000)),
     "NOX_KEEP_DAYS": ("keep_days", _whole(0, 36_500)),
     "NOX_SHELL_POLICY": ("shell_policy", _switch),
+    "NOX_HISTORY": ("history", _switch),
+    "NOX_HISTORY_DAYS": ("history_days", _whole(0, 36_500)),
+    "NOX_HISTORY_SIZE": ("history_size", _size(1 << 20, 1 << 40)),
     "NOX_LOG_LEVEL": ("log_level", _level),
     "NOX_BACKEND": ("backend", _backend),
     "NOX_PREIMPORT": ("preimport", _modules),

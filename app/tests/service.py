@@ -82,7 +82,8 @@ class Service:
         self.sandbox = self.root / "home" / "sandbox"
         self.logs = self.root / "logs"
         self.run = self.root / "run"
-        for directory in (self.sandbox, self.logs, self.run):
+        self.history = self.root / "history"
+        for directory in (self.sandbox, self.logs, self.run, self.history):
             directory.mkdir(parents=True)
             if os.getuid() == 0:
                 shutil.chown(directory, USER)
@@ -127,7 +128,7 @@ class Service:
     def start_front(self) -> None:
         self.front = self._spawn(
             "nox_api", "--settings", str(self.front_settings), "--runner-socket",
-            str(self.socket), "--log-dir", str(self.logs),
+            str(self.socket), "--log-dir", str(self.logs), "--history-dir", str(self.history),
         )  # fmt: skip
         wait_for(lambda: '"ready"' in self.front_log(), "the front")
 
