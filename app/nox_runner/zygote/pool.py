@@ -92,7 +92,12 @@ class Pool:
     def __init__(self, call_filter: bytes, groups: Groups | None) -> None:
         self._filter = call_filter
         self._groups = groups
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Two, so that those who wait for a sandbox never wake each other.
+        self._changed = threading.Condition(self._lock)
+        """Waited for by the thread that makes sandboxes."""
+        self._came = threading.Condition(self._lock)
+        """Waited for by those who want one."""
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
         self._dying: list[int] = []
@@ -118,11 +123,10 @@ class Pool:
                 self._thread.start()
             failures = self._failures
             while self._made_for != plan or not self._ready:
-                self._changed.notify_all()
                 left = deadline - time.monotonic()
                 if left <= 0 or self._failures > failures + 1:
                     raise OSError(self._failure or "no sandbox was ready in time")
-                self._changed.wait(left)
+                self._came.wait(left)
             return self._ready.popleft()
 
     def give_back(self, hatchling: Hatchling) -> None:
@@ -195,7 +199,7 @@ class Pool:
         with self._changed:
             self._failure = reason
             self._failures += 1
-            self._changed.notify_all()
+            self._came.notify_all()
         time.sleep(_RETRY_SECONDS)
 
     def _start(self, plan: Plan) -> None:
@@ -265,7 +269,7 @@ class Pool:
                 with self._changed:
                     self._ready.append(made.popleft())
                     self._failure = ""
-                    self._changed.notify_all()
+                    self._came.notify()
         finally:
             for hatchling in made:
                 hatchling.kill()
