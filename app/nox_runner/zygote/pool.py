@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import nox_runner
+from nox_runner import limits as resource_limits
 from nox_runner import orphans
 from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
@@ -278,7 +279,11 @@ class Pool:
     def _greet(self, hatchling: Hatchling) -> None:
         hatchling.job.settimeout(_HATCH_SECONDS)
         hatchling.pid, hatchling.spent_us = _greeting(hatchling.job)
-        if self._groups is not None and self._made_for is not None:
+        if os.read(hatchling.report, 1) != child.SEALED:
+            raise OSError("the init of a sandbox ended before it was ready")
+        assert self._made_for is not None
+        resource_limits.apply_ahead(hatchling.pid, self._made_for.limits)
+        if self._groups is not None:
             hatchling.group = self._groups.make(self._made_for.limits)
             for pid in (hatchling.init, hatchling.pid):
                 hatchling.group.add(pid)
