@@ -95,7 +95,7 @@ def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
         # No program begins before it is told that this is done.
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-        config["seal"]()
+        config["init_seal"]()
         # A rehearsal, so that the pages it writes to are this process's own by then.
         _report(0, alone=_alone())
         os.write(report, SEALED)

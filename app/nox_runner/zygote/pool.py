@@ -90,8 +90,8 @@ class Hatchling:
 class Pool:
     """Sandboxes for one plan at a time. One thread of its own does all that takes time."""
 
-    def __init__(self, call_filter: bytes, groups: Groups | None) -> None:
-        self._filter = call_filter
+    def __init__(self, call_filter: bytes, init_filter: bytes, groups: Groups | None) -> None:
+        self._filters = {"seal": call_filter, "init_seal": init_filter}
         self._groups = groups
         self._lock = threading.Lock()
         # Two, so that those who wait for a sandbox never wake each other.
@@ -205,7 +205,7 @@ class Pool:
 
     def _start(self, plan: Plan) -> None:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        call_filter = memory_file("seccomp", self._filter)
+        filters = {name: memory_file("seccomp", text) for name, text in self._filters.items()}
         try:
             self._control = control
             control.settimeout(_START_SECONDS)
@@ -218,13 +218,14 @@ class Pool:
                 cwd="/",
                 # All that a run can read in its own /proc/self/environ.
                 env={"LANG": "C.UTF-8"},
-                pass_fds=[theirs.fileno(), call_filter],
+                pass_fds=[theirs.fileno(), *filters.values()],
                 start_new_session=True,
             )
-            control.send(json.dumps(_config(plan, call_filter)).encode())
+            control.send(json.dumps({**_config(plan), **filters}).encode())
         finally:
             theirs.close()
-            os.close(call_filter)
+            for descriptor in filters.values():
+                os.close(descriptor)
         told = control.recv(1 << 16)
         if told[:1] != nest.READY:
             raise OSError(f"the zygote does not start: {_reason(told[1:], self._zygote)}")
@@ -335,13 +336,12 @@ def _reason(told: bytes, zygote: subprocess.Popen[bytes]) -> str:
     return lines[-1] if lines else f"it ended with {zygote.returncode}"
 
 
-def _config(plan: Plan, call_filter: int) -> dict[str, object]:
+def _config(plan: Plan) -> dict[str, object]:
     links = {} if plan.sandbox.startswith("/var/tmp/") else {"/var/tmp": "/tmp"}
     if os.path.islink("/etc/localtime"):
         links["/etc/localtime"] = os.readlink("/etc/localtime")
     return {
         "library": _LIBRARY,
-        "filter_fd": call_filter,
         "uid": os.getuid(),
         "gid": os.getgid(),
         "sandbox": plan.sandbox,
