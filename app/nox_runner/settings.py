@@ -61,7 +61,7 @@ class Settings:
     keep_days: int = 0
     shell_policy: bool = True
     log_level: str = "info"
-    backend: str = "bubblewrap"
+    backend: str = "auto"
     preimport: tuple[str, ...] = PREIMPORT
 
 
