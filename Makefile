@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ lock: setup ## renew the lock files from requirements/*.in
 
 hostile: setup ## attack a living Nox with the hostile suite: make hostile NOX_URL=https://… NOX_CA=… (token in NOX_TOKEN)
 	@$(BIN)/python -m tests.hostile --url "$(NOX_URL)" $(if $(NOX_CA),--ca "$(NOX_CA)") $(if $(NOX_HOST),--host "$(NOX_HOST)")
+
+bench: setup ## the figures of docs/performance.md, and bench.json: make bench [BENCH="--part memory"]
+	@$(BIN)/python -m tests.bench $(BENCH)
 
 clean: ## remove what the targets made in this folder (not the lab's hosts)
 	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible inventory/lab

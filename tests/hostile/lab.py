@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.hostile.__main__ import Verdict
@@ -24,22 +26,24 @@ _HOST = "nox1"
 _INSTALL_SECONDS = 1200
 
 
+class NotPossibleError(Exception):
+    """Such hosts are not possible on this machine; the message says why."""
+
+
 def main() -> int:
     options = arguments()
-    lab = f"hostile-{options.kind}"
+    lab = options.lab or f"hostile-{options.kind}"
+    verdicts: dict[str, list[Verdict]] = {}
     with tempfile.TemporaryDirectory(prefix="nox-hostile-") as place:
         inventory = Path(place, "inventory")
-        up = [*("up", "--lab", lab, "--hosts", _HOST, "--kind", options.kind, "--suite", options.suite)]
-        started = the_lab(*up, "--inventory", str(inventory))
-        if started.returncode != 0:
-            print(started.stdout + started.stderr, file=sys.stderr)
-            return NOT_POSSIBLE if started.returncode == NOT_POSSIBLE else 1
         try:
-            verdicts = {}
             for backend in options.backend or BACKENDS:
                 settings = {"nox_backend": backend, **({"nox_memory": options.memory} if options.memory else {})}
-                install(inventory, settings)
-                verdicts[backend] = attack(lab, inventory, options.case)
+                with installed(lab, inventory, settings, options.kind, options.suite, stays=True) as nox:
+                    verdicts[backend] = attack(lab, *nox, options.case)
+        except NotPossibleError as reason:
+            print(reason, file=sys.stderr)
+            return NOT_POSSIBLE
         finally:
             the_lab("down", "--lab", lab)
     print(table(verdicts))
@@ -49,6 +53,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile.lab", description=__doc__.partition("\n")[0])
     parser.add_argument("--kind", choices=("nspawn", "uml"), default="nspawn")
+    parser.add_argument("--lab", help="its name; default: hostile-KIND")
     parser.add_argument("--suite", default="auto", help="see `python -m lab up --help`")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     parser.add_argument("--memory", help="nox_memory of the installation")
@@ -61,29 +66,57 @@ def the_lab(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@contextmanager
+def installed(
+    lab: str,
+    inventory: Path,
+    settings: dict[str, str],
+    kind: str = "nspawn",
+    suite: str = "auto",
+    *,
+    stays: bool = False,
+) -> Iterator[tuple[str, Path, Path]]:
+    """A lab host with Nox installed: its URL, and the files of its token and CA. RuntimeError if the playbook fails."""
+    up = ("up", "--lab", lab, "--hosts", _HOST, "--kind", kind, "--suite", suite, "--inventory", str(inventory))
+    started = the_lab(*up)
+    if started.returncode == NOT_POSSIBLE:
+        raise NotPossibleError((started.stdout + started.stderr).strip())
+    try:
+        if started.returncode != 0:
+            raise RuntimeError(f"the lab host did not come up:\n{started.stdout}{started.stderr}")
+        install(inventory, settings)
+        token = inventory / ".token"
+        token.touch(mode=0o600)
+        read = ("sed", "-n", "s/^NOX_API_TOKEN=//p", "/etc/default/nox-api")
+        token.write_text(the_lab("ssh", "--lab", lab, _HOST, *read).stdout.strip())
+        yield f"https://{address_of(inventory)}", token, inventory / f".ca/{_HOST}.crt"
+    finally:
+        if not stays:
+            the_lab("down", "--lab", lab)
+
+
 def install(inventory: Path, settings: dict[str, str]) -> None:
     """playbooks/install.yml on the host. RuntimeError with its last words if it fails."""
     playbook = str(Path(sys.executable).with_name("ansible-playbook"))
     command = [playbook, "-i", str(inventory), "playbooks/install.yml", "-e", json.dumps(settings)]
     print(f"$ {' '.join(command)}", file=sys.stderr, flush=True)
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_INSTALL_SECONDS, stdin=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_INSTALL_SECONDS,
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode != 0:
         raise RuntimeError(f"the playbook failed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
 
 
-def attack(lab: str, inventory: Path, cases: list[str]) -> list[Verdict]:
+def attack(lab: str, url: str, token: Path, ca: Path, cases: list[str]) -> list[Verdict]:
     """The suite against the host; RuntimeError if it does not come to an end."""
-    read = ("sed", "-n", "s/^NOX_API_TOKEN=//p", "/etc/default/nox-api")
-    token = the_lab("ssh", "--lab", lab, _HOST, *read).stdout.strip()
-    address = address_of(inventory)
-    token_file = inventory / ".token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
     command = [
-        *(sys.executable, "-m", "tests.hostile", "--json", "--url", f"https://{address}"),
-        *("--token-file", str(token_file), "--ca", str(inventory / f".ca/{_HOST}.crt")),
+        *(sys.executable, "-m", "tests.hostile", "--json", "--url", url, "--token-file", str(token), "--ca", str(ca)),
         *("--host", f"{sys.executable} -m lab ssh --lab {lab} {_HOST}", *cases),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
