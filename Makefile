@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile collection role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench collection role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,8 @@ role-docs: setup ## the roles' READMEs and docs/variables.md, from the argument 
 
 collection: setup ## the archive dist/nox-platform-VERSION.tar.gz, for ansible-galaxy collection install
 	$(BIN)/ansible-galaxy collection build --force --output-path dist
+bench: setup ## the figures of docs/performance.md, and bench.json: make bench [BENCH="--part memory"]
+	@$(BIN)/python -m tests.bench $(BENCH)
 
 clean: ## remove what the targets made in this folder (not the lab's hosts)
 	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible dist inventory/lab

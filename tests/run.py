@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [hostile] [matrix] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
+YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
 MOLECULE_SCENARIOS = ("default", "nginx")
 ENVIRONMENT = {
     **os.environ,
@@ -60,7 +61,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "docs/generate.py")
+    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "tests/bench", "docs/generate.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -158,7 +159,7 @@ def app_libraries(version: str) -> dict[str, str]:
     return {"LD_LIBRARY_PATH": str(place / "lib")} if place.exists() else {}
 
 
-def unit_app(version: str) -> Callable[[], None]:
+def unit_app(version: str, *tests: str) -> Callable[[], None]:
     def step() -> None:
         require_package("bwrap", "bubblewrap")
         app = ROOT / "app"
@@ -168,9 +169,14 @@ def unit_app(version: str) -> Callable[[], None]:
                 Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
-            run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
+            command = (python, "-m", "pytest", "-p", "no:cacheprovider", *(tests or ("tests",)))
+            run(*command, cwd=app, environment=app_libraries(version))
 
     return step
+
+
+def zygote_on(version: str) -> Callable[[], None]:
+    return lambda: unit_app(version, "tests/test_fallback.py", "tests/test_programs.py")()
 
 
 def require_package(program: str, package: str) -> None:
@@ -196,6 +202,19 @@ def molecule(scenario: str) -> Callable[[], None]:
         finally:
             # a scenario that died half-way has not destroyed its hosts
             run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}")
+
+    return step
+
+
+def hostile(kind: str, *options: str) -> Callable[[], None]:
+    def step() -> None:
+        command = [sys.executable, "-m", "tests.hostile.lab", "--kind", kind, *options]
+        print(f"$ {' '.join(command)}", flush=True)
+        status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL).returncode
+        if status == 4:
+            raise CannotRunHere(f"this machine cannot host lab hosts of the kind {kind}, see above")
+        if status != 0:
+            raise Failed(f"status {status}: {' '.join(command)}")
 
     return step
 
@@ -235,9 +254,13 @@ STEPS = (
     Step("lint", "role READMEs and variables page are fresh", role_docs),
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
+    *(Step("unit", f"zygote on Python {version}", zygote_on(version)) for version in YOUNG_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
+    Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
+    # Real control groups are User-mode Linux's alone; with less memory than its host has.
+    Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
     Step("matrix", "molecule: repair", damage_matrix),
 )
 

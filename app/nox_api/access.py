@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _log = logging.getLogger("nox.access")
 _NOTES = "nox.notes"
 _MAX_PATH = 512
+_FULL = 507
+"""The sandbox's quota is used up: nothing is wrong with the service."""
 
 Observe = Callable[[Scope, int, float], None]
 """Told scope, status and seconds of each request at its end."""
@@ -53,7 +55,7 @@ class AccessLog:
         finally:
             seconds = time.monotonic() - started
             self._observe(scope, status, seconds)
-            level = logging.WARNING if status >= 500 else logging.INFO
+            level = logging.WARNING if status >= 500 and status != _FULL else logging.INFO
             fields = {
                 "method": scope["method"],
                 "path": scope["path"][:_MAX_PATH],

@@ -29,12 +29,15 @@ _log = logging.getLogger("nox.runner")
 
 @contextmanager
 def as_problems() -> Iterator[None]:
-    """Turn failures of the runner into problems; each that is not the client's is logged."""
+    """Turn failures of the runner into problems; each that is not the client's is logged.
+
+    A full sandbox is the clients' own doing: the access log, the metrics and /health tell of it.
+    """
     try:
         yield
     except Failure as failure:
         status = _STATUS.get(failure.code, 500)
-        if status >= 500:
+        if status >= 500 and failure.code != "no_space":
             fields = {"code": failure.code, "reason": failure.message}
             _log.error("runner_failure", extra={"fields": fields})
         if status == 422:

@@ -45,6 +45,54 @@ class _Connection:
             yield chunk
 
 
+class _RunAnswer(asyncio.Protocol):
+    """Takes a run's answer in. asyncio's streams would do it, in four times the time."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.complete: asyncio.Future[tuple[protocol.RunReply, bytes, bytes]] = loop.create_future()
+        self._received = bytearray()
+        self._reply: protocol.RunReply | None = None
+        self._streams: list[list[bytes]] = [[]]
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        self._received += data
+        try:
+            while not self.complete.done() and (payload := self._frame()) is not None:
+                self._take(payload)
+        except (ProtocolError, protocol.Failure) as error:
+            self.complete.set_exception(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        if not self.complete.done():
+            self.complete.set_exception(error or EOFError("it closed the connection"))
+
+    def _frame(self) -> bytes | None:
+        received = self._received
+        if len(received) < protocol.PREFIX:
+            return None
+        limit = protocol.CHUNK if self._reply else protocol.MAX_HEADER
+        end = protocol.PREFIX + protocol.frame_length(received[: protocol.PREFIX], limit)
+        if len(received) < end:
+            return None
+        payload = bytes(received[protocol.PREFIX : end])
+        del received[:end]
+        return payload
+
+    def _take(self, payload: bytes) -> None:
+        if self._reply is None:
+            self._reply = protocol.decode_reply(payload, protocol.RunReply)
+        elif payload:
+            self._streams[-1].append(payload)
+        elif len(self._streams) == 1:
+            self._streams.append([])
+        else:
+            stdout, stderr = map(b"".join, self._streams)
+            self.complete.set_result((self._reply, stdout, stderr))
+
+
 class RunnerClient:
     """Every method raises RunnerUnavailableError, or the protocol's Failure.
 
@@ -64,15 +112,23 @@ class RunnerClient:
         self, request: protocol.Run, source: bytes, stdin: bytes
     ) -> tuple[protocol.RunReply, bytes, bytes]:
         """Run a program; gives the result, stdout and stderr."""
-        async with self._connected(request.timeout + _RUN_MARGIN) as connection:
-            await connection.send(protocol.encode_request(request))
-            for content in (source, stdin):
-                for piece in protocol.stream(content):
-                    await connection.send(piece)
-            reply = await connection.reply(protocol.RunReply)
-            stdout = b"".join([chunk async for chunk in connection.stream()])
-            stderr = b"".join([chunk async for chunk in connection.stream()])
-            return reply, stdout, stderr
+        pieces = [protocol.encode_request(request)]
+        for content in (source, stdin):
+            pieces += protocol.stream(content)
+        loop = asyncio.get_running_loop()
+        try:
+            transport, answer = await loop.create_unix_connection(_RunAnswer, self._path)
+        except OSError as error:
+            raise RunnerUnavailableError(f"the runner does not answer: {error}") from error
+        timer = loop.call_later(request.timeout + _RUN_MARGIN, transport.abort)
+        try:
+            transport.write(b"".join(pieces))
+            return await answer.complete
+        except (OSError, EOFError, ProtocolError) as error:
+            raise RunnerUnavailableError(f"the runner broke off: {error}") from error
+        finally:
+            timer.cancel()
+            transport.abort()
 
     async def put(
         self, path: str, overwrite: bool, content: AsyncIterable[bytes]

@@ -131,11 +131,14 @@ class Service:
                     outcome = self._outcome(program, limits, settings.sandbox, lease)
                 if lease.exceeded:
                     outcome = _over_quota(outcome)
-                _log_run(program, outcome)
         changed = None
         if before is not None:
             changed = listing.changed(before, listing.take(settings.sandbox), _MAX_CHANGED)
-        _reply_run(connection, outcome, changed)
+        try:
+            _reply_run(connection, outcome, changed)
+        finally:
+            # The client need not wait for it.
+            _log_run(program, outcome)
 
     def _outcome(self, program: Program, limits: Limits, sandbox: str, lease: Lease) -> Outcome:
         started = time.monotonic()
@@ -220,10 +223,10 @@ def _reply_run(
         max_rss_bytes=outcome.max_rss_bytes,
         files=changed,
     )
-    connection.sendall(protocol.encode_reply(reply))
+    pieces = [protocol.encode_reply(reply)]
     for content in (outcome.stdout, outcome.stderr):
-        for piece in protocol.stream(content):
-            connection.sendall(piece)
+        pieces += protocol.stream(content)
+    connection.sendall(b"".join(pieces))
 
 
 def _bounded(connection: socket.socket, limit: int) -> Iterator[bytes]:

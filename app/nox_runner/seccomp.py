@@ -47,6 +47,13 @@ _NAMES = """
     utimensat utimes vfork vmsplice wait4 waitid write writev
 """
 
+# What the init of the zygote's sandboxes does: wait, report, end; and what an interpreter does
+# beside that.
+_INIT_NAMES = """
+    brk clock_gettime close exit exit_group futex getrusage madvise mmap mprotect mremap munmap
+    rt_sigprocmask rt_sigreturn wait4 write
+"""
+
 # Younger than the libseccomp of the oldest hosts. From 424 on all processors share the numbers.
 _YOUNG = {
     "cachestat": 451,
@@ -91,19 +98,28 @@ _CONDITIONAL: dict[str, tuple[tuple[_Compare, ...], ...]] = {
 
 
 def program() -> bytes:
-    """The filter as classic BPF, for prctl(PR_SET_SECCOMP) and bubblewrap's --seccomp.
+    """The filter for runs as classic BPF, for prctl(PR_SET_SECCOMP) and bubblewrap's --seccomp.
 
     OSError if libseccomp is missing or refuses.
     """
+    return _compile(_NAMES, _CONDITIONAL)
+
+
+def init_program() -> bytes:
+    """The same for the init of a sandbox, which needs next to nothing."""
+    return _compile(_INIT_NAMES, {})
+
+
+def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]]) -> bytes:
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     with _context(library) as context:
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
-        for name in _NAMES.split():
+        for name in names.split():
             number = library.seccomp_syscall_resolve_name(name.encode())
             _add(library, context, _ALLOW, number if number >= 0 else _YOUNG.get(name, -1), ())
-        for name, alternatives in _CONDITIONAL.items():
+        for name, alternatives in conditional.items():
             number = library.seccomp_syscall_resolve_name(name.encode())
             for comparisons in alternatives:
                 _add(library, context, _ALLOW, number, comparisons)

@@ -64,7 +64,7 @@ class Settings:
     history_days: int = 90
     history_size: int = 512 << 20
     log_level: str = "info"
-    backend: str = "bubblewrap"
+    backend: str = "auto"
     preimport: tuple[str, ...] = PREIMPORT
 
 

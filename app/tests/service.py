@@ -24,7 +24,7 @@ TOKEN = secrets.token_hex(32)
 USER = "nobody"
 BACKEND = os.environ.get("NOX_TEST_BACKEND", "auto")
 """For services whose test does not say."""
-_PATIENCE = 15.0
+_PATIENCE = 60.0
 
 
 def as_user(*command: str) -> list[str]:

@@ -60,7 +60,7 @@ class Attempt:
             os.set_blocking(self._stdin, False)
         self._stdout = Output(stdout[0], limits.output)
         self._stderr = Output(stderr[0], limits.output)
-        resource_limits.apply(hatchling.pid, limits)
+        resource_limits.apply_last(hatchling.pid, limits)
         job = json.dumps(
             {
                 "language": program.language,

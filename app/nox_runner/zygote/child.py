@@ -7,6 +7,7 @@ are closed), and a namespace's init gets no signal from inside that it has no ha
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import atexit
 import builtins
 import gc
@@ -31,6 +32,8 @@ READY = struct.Struct("=q")
 """CPU time in µs that was spent before the job."""
 JOB = struct.Struct("=I")
 """Length of the JSON text of a job; with it come the descriptors."""
+SEALED = b"S"
+"""Comes through the report's pipe when the init has given up its privileges."""
 FAILED = b"E"
 """Begins what is told in place of READY when a sandbox cannot be made."""
 
@@ -60,6 +63,7 @@ def prepare() -> None:
     """Before any fork: what can be settled once for all sandboxes."""
     global _known
     _known = len(sys.modules)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     # What is there now is not looked at again by any collection, so its pages stay shared. And
     # none takes place before a program begins.
@@ -70,23 +74,45 @@ def prepare() -> None:
 def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
     """Be process 1: build the rest of the sandbox, start the program's process, see it end."""
     try:
-        code = _start(config, job, report)
-    except BaseException as error:
-        job.send(FAILED + str(error).encode()[:4000])
-        os._exit(1)
-    try:
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, kernel.SIGKILL)
+        # By the C function: signal.signal() makes enumerations of its arguments, which writes to
+        # a hundred pages.
+        _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+        os.setsid()
+        # All that can be is done in the other process: each page that this one writes to has
+        # to be copied, and once more there.
+        code = os.fork()
+        if code == 0:
+            try:
+                os.close(report)
+                _build(config, job)
+                _become_program(job)
+            except BaseException as error:
+                job.send(FAILED + str(error).encode()[:4000])
+            finally:
+                os._exit(126)
         _close_all_but(report)
+        # No program begins before it is told that this is done.
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        config["init_seal"]()
+        # A rehearsal, so that the pages it writes to are this process's own by then.
+        _report(0, alone=_alone())
+        os.write(report, SEALED)
         while True:
             pid, status = os.waitpid(-1, _WALL)
             if pid == code:
                 break
-        alone = _alone()
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        micros = round((used.ru_utime + used.ru_stime) * 1e6)
-        os.write(report, REPORT.pack(status, alone, micros, used.ru_maxrss))
+        os.write(report, _report(status, alone=_alone()))
     finally:
         # With its init the whole namespace ends.
         os._exit(0)
+
+
+def _report(status: int, *, alone: bool) -> bytes:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    micros = round((used.ru_utime + used.ru_stime) * 1e6)
+    return REPORT.pack(status, alone, micros, used.ru_maxrss)
 
 
 def _alone() -> bool:
@@ -100,28 +126,15 @@ def _alone() -> bool:
         return True
 
 
-def _start(config: dict[str, Any], job: socket.socket, report: int) -> int:
-    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGCHLD, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    _close_all_but(job.fileno(), report)
+def _build(config: dict[str, Any], job: socket.socket) -> None:
+    """Make the rest of the sandbox, and give up what that took."""
+    _close_all_but(job.fileno())
     os.setsid()
     kernel.map_ids(config["uid"], config["gid"])
     _mounts(config)
     _loopback()
     _own_limits()
-    kernel.drop_capabilities()
-    # Before the fork, so that there is no moment in which the program could look in.
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    kernel.filter_calls(config["filter"])
-    code = os.fork()
-    if code == 0:
-        try:
-            os.close(report)
-            _become_program(job)
-        finally:
-            os._exit(126)
-    return code
+    config["seal"]()
 
 
 def _mounts(config: dict[str, Any]) -> None:
@@ -156,8 +169,7 @@ def _own_limits() -> None:
     """Limits that the kernel keeps per user namespace, below the user's own, which all share."""
     for name, value in _USER_LIMITS.items():
         try:
-            with open(f"/proc/sys/user/max_{name}", "w") as file:
-                file.write(str(value))
+            kernel.write(f"/proc/sys/user/max_{name}", str(value))
         except FileNotFoundError:
             continue
 
@@ -175,9 +187,6 @@ def _close_all_but(*kept: int) -> None:
 
 
 def _become_program(job: socket.socket) -> NoReturn:
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.setsid()
     os.umask(0o022)
     if "random" in sys.modules:
         sys.modules["random"].seed()
@@ -210,17 +219,16 @@ def _become_program(job: socket.socket) -> NoReturn:
 
 
 def _receive(job: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    head, descriptors, _, _ = socket.recv_fds(job, JOB.size, 4)
-    if len(head) < JOB.size:
+    text, descriptors, _, _ = socket.recv_fds(job, 1 << 16, 4)
+    if len(text) < JOB.size:
         os._exit(0)  # never needed
-    (left,) = JOB.unpack(head)
-    text = bytearray()
-    while len(text) < left:
-        piece = job.recv(min(left - len(text), 1 << 16))
+    end = JOB.size + JOB.unpack_from(text)[0]
+    while len(text) < end:
+        piece = job.recv(end - len(text))
         if not piece:
             os._exit(0)
         text += piece
-    return json.loads(text), descriptors
+    return json.loads(text[JOB.size :]), descriptors
 
 
 def _write(path: str, text: bytes) -> None:
@@ -234,10 +242,18 @@ def _rehearse() -> None:
     """Go the way of a job once, so that the pages it writes to are this process's own by then."""
     path = f"{_PLACE}/main.py"
     text = b"def f(x):\n    return [str(x)]\nprint(f(1))\n"
+    near, far = socket.socketpair()
+    told = json.dumps({"env": {"NOX_RUN_ID": "0" * 32, "TMPDIR": "/tmp"}, "args": []}).encode()
+    socket.send_fds(far, [JOB.pack(len(told)) + told], [0, 0])
+    wanted, (source, other) = _receive(near)
+    near.close()
+    far.close()
+    os.dup2(other, source)
+    os.closerange(source, other + 1)
     _write(path, text)
-    os.environ.update(json.loads(json.dumps({"NOX_RUN_ID": "0" * 32, "TMPDIR": "/tmp"})))
     os.environ.clear()
-    sys.argv = [path]
+    os.environ.update(wanted["env"])
+    sys.argv = [path, *wanted["args"]]
     _python(text, path)
     _settle()
     sys.stdout.flush()

@@ -25,10 +25,15 @@ class Zygote:
     name = "zygote"
 
     def __init__(
-        self, call_filter: bytes, settings: Callable[[], Settings], groups: Groups | None, why: str
+        self,
+        call_filter: bytes,
+        init_filter: bytes,
+        settings: Callable[[], Settings],
+        groups: Groups | None,
+        why: str,
     ) -> None:
         """`why` tells why there are no control groups, if there are none."""
-        self._pool = Pool(call_filter, groups)
+        self._pool = Pool(call_filter, init_filter, groups)
         self._settings = settings
         self._groups = groups
         self._why = why

@@ -15,6 +15,7 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 _CLONE_PIDFD = 0x00001000
+SIGKILL = 9
 _SIGCHLD = 17
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
@@ -27,13 +28,14 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME = 1, 4, 15
 _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_EINVAL = 22
 
 _NUMBERS = {"x86_64": {"clone": 56, "pivot_root": 155}, "aarch64": {"clone": 220, "pivot_root": 41}}
 _MOUNT_SETATTR = 442  # on every processor
 # PyDLL keeps the interpreter's lock over the call: a new process must find it held by itself.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_prctl = _libc.prctl
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 def _number(name: str) -> int:
@@ -78,8 +80,16 @@ def map_ids(uid: int, gid: int) -> None:
         ("uid_map", f"{uid} {uid} 1"),
         ("gid_map", f"{gid} {gid} 1"),
     ):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
+        write(f"/proc/self/{name}", text)
+
+
+def write(path: str, text: str) -> None:
+    """Write to a file that is there."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -130,41 +140,36 @@ def detach(target: str) -> None:
 
 def prctl(option: int, value: int) -> None:
     """prctl(2) with one argument."""
-    zero = ctypes.c_ulong(0)
-    _check(
-        _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(value), zero, zero, zero),
-        f"prctl {option}",
-    )
+    _check(_prctl(option, value, 0, 0, 0), "prctl")
 
 
-def drop_capabilities() -> None:
-    """Give up every capability, for good."""
-    for capability in range(64):
-        try:
-            prctl(_PR_CAPBSET_DROP, capability)
-        except OSError as error:
-            if error.errno != _EINVAL:
-                raise
-            break  # one more than this kernel has
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    # Without permitted capabilities the kernel empties the ambient set by itself.
-    _check(_libc.capset(header, bytes(24)), "capset")
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+class Seal:
+    """Gives up every privilege of the process that calls it, for good: capabilities, new ones by
+    set-user-ID files, and the system calls that `program`, a seccomp filter, does not allow.
+
+    All objects that takes are made here, once, by the zygote: what a fork has to make itself costs
+    it copies of memory pages.
+    """
+
+    def __init__(self, program: bytes) -> None:
+        with open("/proc/sys/kernel/cap_last_cap") as file:
+            self._capabilities = range(int(file.read()) + 1)
+        self._header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+        self._none = bytes(24)
+        self._program = _Program(len(program) // 8, program)
+        self._filter = ctypes.addressof(self._program)
+
+    def __call__(self) -> None:
+        """OSError if something is refused."""
+        failed = 0
+        for capability in self._capabilities:
+            failed |= _prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+        # Without permitted capabilities the kernel empties the ambient set by itself.
+        failed |= _libc.capset(self._header, self._none)
+        failed |= _prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        failed |= _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0)
+        _check(failed, "giving up privileges")
 
 
-def filter_calls(program: bytes) -> None:
-    """Install a seccomp filter, for good; needs no_new_privs."""
-
-    class _Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-    packed = _Program(len(program) // 8, program)
-    zero = ctypes.c_ulong(0)
-    result = _libc.prctl(
-        ctypes.c_int(_PR_SET_SECCOMP),
-        ctypes.c_ulong(_SECCOMP_MODE_FILTER),
-        ctypes.byref(packed),
-        zero,
-        zero,
-    )
-    _check(result, "prctl PR_SET_SECCOMP")
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))

@@ -34,10 +34,9 @@ _NEW = "/new"
 def main(control: socket.socket) -> int:
     """Serve until the runner closes `control`."""
     config = json.loads(control.recv(1 << 16))
-    filter_descriptor = os.open(f"/proc/self/fd/{config['filter_fd']}", os.O_RDONLY)
-    config["filter"] = os.pread(filter_descriptor, 1 << 20, 0)
-    os.close(filter_descriptor)
-    os.close(config["filter_fd"])
+    for name in ("seal", "init_seal"):
+        with open(config[name], "rb") as file:
+            config[name] = kernel.Seal(file.read())
     # The kernel buries the sandboxes: nobody asks here how they ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

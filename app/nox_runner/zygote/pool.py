@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import nox_runner
+from nox_runner import limits as resource_limits
 from nox_runner import orphans
 from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
@@ -89,10 +90,15 @@ class Hatchling:
 class Pool:
     """Sandboxes for one plan at a time. One thread of its own does all that takes time."""
 
-    def __init__(self, call_filter: bytes, groups: Groups | None) -> None:
-        self._filter = call_filter
+    def __init__(self, call_filter: bytes, init_filter: bytes, groups: Groups | None) -> None:
+        self._filters = {"seal": call_filter, "init_seal": init_filter}
         self._groups = groups
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Two, so that those who wait for a sandbox never wake each other.
+        self._changed = threading.Condition(self._lock)
+        """Waited for by the thread that makes sandboxes."""
+        self._came = threading.Condition(self._lock)
+        """Waited for by those who want one."""
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
         self._dying: list[int] = []
@@ -118,11 +124,10 @@ class Pool:
                 self._thread.start()
             failures = self._failures
             while self._made_for != plan or not self._ready:
-                self._changed.notify_all()
                 left = deadline - time.monotonic()
                 if left <= 0 or self._failures > failures + 1:
                     raise OSError(self._failure or "no sandbox was ready in time")
-                self._changed.wait(left)
+                self._came.wait(left)
             return self._ready.popleft()
 
     def give_back(self, hatchling: Hatchling) -> None:
@@ -195,12 +200,12 @@ class Pool:
         with self._changed:
             self._failure = reason
             self._failures += 1
-            self._changed.notify_all()
+            self._came.notify_all()
         time.sleep(_RETRY_SECONDS)
 
     def _start(self, plan: Plan) -> None:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        call_filter = memory_file("seccomp", self._filter)
+        filters = {name: memory_file("seccomp", text) for name, text in self._filters.items()}
         try:
             self._control = control
             control.settimeout(_START_SECONDS)
@@ -213,13 +218,14 @@ class Pool:
                 cwd="/",
                 # All that a run can read in its own /proc/self/environ.
                 env={"LANG": "C.UTF-8"},
-                pass_fds=[theirs.fileno(), call_filter],
+                pass_fds=[theirs.fileno(), *filters.values()],
                 start_new_session=True,
             )
-            control.send(json.dumps(_config(plan, call_filter)).encode())
+            control.send(json.dumps({**_config(plan), **filters}).encode())
         finally:
             theirs.close()
-            os.close(call_filter)
+            for descriptor in filters.values():
+                os.close(descriptor)
         told = control.recv(1 << 16)
         if told[:1] != nest.READY:
             raise OSError(f"the zygote does not start: {_reason(told[1:], self._zygote)}")
@@ -265,7 +271,7 @@ class Pool:
                 with self._changed:
                     self._ready.append(made.popleft())
                     self._failure = ""
-                    self._changed.notify_all()
+                    self._came.notify()
         finally:
             for hatchling in made:
                 hatchling.kill()
@@ -274,7 +280,11 @@ class Pool:
     def _greet(self, hatchling: Hatchling) -> None:
         hatchling.job.settimeout(_HATCH_SECONDS)
         hatchling.pid, hatchling.spent_us = _greeting(hatchling.job)
-        if self._groups is not None and self._made_for is not None:
+        if os.read(hatchling.report, 1) != child.SEALED:
+            raise OSError("the init of a sandbox ended before it was ready")
+        assert self._made_for is not None
+        resource_limits.apply_ahead(hatchling.pid, self._made_for.limits)
+        if self._groups is not None:
             hatchling.group = self._groups.make(self._made_for.limits)
             for pid in (hatchling.init, hatchling.pid):
                 hatchling.group.add(pid)
@@ -326,13 +336,12 @@ def _reason(told: bytes, zygote: subprocess.Popen[bytes]) -> str:
     return lines[-1] if lines else f"it ended with {zygote.returncode}"
 
 
-def _config(plan: Plan, call_filter: int) -> dict[str, object]:
+def _config(plan: Plan) -> dict[str, object]:
     links = {} if plan.sandbox.startswith("/var/tmp/") else {"/var/tmp": "/tmp"}
     if os.path.islink("/etc/localtime"):
         links["/etc/localtime"] = os.readlink("/etc/localtime")
     return {
         "library": _LIBRARY,
-        "filter_fd": call_filter,
         "uid": os.getuid(),
         "gid": os.getgid(),
         "sandbox": plan.sandbox,
