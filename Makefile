@@ -21,6 +21,7 @@ setup: .venv/complete ## the tools of the control side, in .venv
 	@echo "Installing the control side's tools into .venv (hash-checked; about half a minute) ..."
 	@$(PYTHON) -m venv --clear .venv
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --require-hashes --requirement requirements/control.lock
+	@printf '%s\n' '#!$(CURDIR)/$(BIN)/python' 'import sys; sys.path.insert(0, "$(CURDIR)")' 'from noxctl.cli import main; main()' > $(BIN)/noxctl && chmod +x $(BIN)/noxctl
 	@touch $@
 
 demo: setup ## boot a lab host, install Nox on it, use it; it stays until demo-down

@@ -61,6 +61,7 @@ def ruff() -> None:
 
 def mypy() -> None:
     run("mypy", "lab", "tests/run.py", "tests/hostile")
+    run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -161,7 +162,7 @@ def unit_app(version: str) -> Callable[[], None]:
         python = app_python(version)
         with tempfile.TemporaryDirectory(prefix="app-", dir=test_home()) as place:
             if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
-                os.chmod(place, 0o755)
+                Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
             run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
