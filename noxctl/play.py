@@ -250,11 +250,19 @@ def ansible_is_there() -> bool:
     return bool(shutil.which("ansible-playbook", path=environment()["PATH"]))
 
 
-def fleet(options: Options, pattern: str = "nox") -> list[str]:
+def fleet(options: Options) -> list[str]:
     """The hosts of the group `nox`, or of `--limit` in it, in the inventory's order.
 
     Raises PlayError where the inventory can't be read or holds no such host.
     """
+    if not (names := members(options, "nox")):
+        where = f" that --limit {options.limit} leaves" if options.limit else ""
+        raise PlayError(f"{options.inventory}: no host in the group nox{where}")
+    return names
+
+
+def members(options: Options, pattern: str) -> list[str]:
+    """The hosts of a group; none where there is no such group. Raises PlayError."""
     from ansible.inventory.manager import InventoryManager  # noqa: PLC0415
     from ansible.parsing.dataloader import DataLoader  # noqa: PLC0415
 
@@ -262,11 +270,9 @@ def fleet(options: Options, pattern: str = "nox") -> list[str]:
         raise PlayError(f"{options.inventory}: no such inventory")
     try:
         manager = InventoryManager(loader=DataLoader(), sources=[str(options.inventory)])
+        if pattern not in manager.groups:
+            return []
         manager.subset(options.limit or None)
-        names = [str(host) for host in manager.get_hosts(pattern)]
+        return [str(host) for host in manager.get_hosts(pattern)]
     except Exception as error:  # AnsibleError and what its plugins raise
         raise PlayError(f"{options.inventory}: {error}") from error
-    if not names:
-        where = f" that --limit {options.limit} leaves" if options.limit else ""
-        raise PlayError(f"{options.inventory}: no host in the group nox{where}")
-    return names

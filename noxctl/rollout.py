@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from noxctl import places
 from noxctl.journal import DONE, Journal, Run
-from noxctl.play import End, Event, Options, play
+from noxctl.play import End, Event, Options, members, play
 from noxctl.view import STYLES, View, printable
 from plugins.module_utils.bundle_file import read_contents
 
@@ -45,6 +45,10 @@ class OnFailure(enum.StrEnum):
 
 class Unusable(Exception):
     """What was asked can't be done; the message says what to change. Nothing was touched."""
+
+
+class EdgeLost(Exception):
+    """An edge can't be told which hosts serve; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,11 @@ class Rollout:
             if self._interrupts:
                 return "paused", f"Paused before {name}, as asked. Go on with --resume."
             self._journal.wave(self.run, number, "running")
-            self._change(name, todo)
+            try:
+                self._change(name, todo)
+            except EdgeLost as error:
+                self._journal.wave(self.run, number, "failed")
+                return "stopped", f"Stopped in {name}: {error}"
             bad = [host for host in todo if self._state(host) not in DONE]
             self._journal.wave(self.run, number, "failed" if bad else "done")
             if self._interrupts > 1:
@@ -326,6 +334,7 @@ class Rollout:
         """Upgrade these hosts, let them soak, put them to the gate, take back who fails it."""
         for host in hosts:
             self._journal.host(self.run, host, state="running", started=time.time(), ended=None, task="", error="")
+        self._edge(f"{name}: out of the edge", drain=hosts)
         variables = {"nox_release_bundle": str(self._wanted.bundle.resolve())}
         ends = self._play("upgrade.yml", f"{name}: upgrade", hosts, variables)
         for host in hosts:
@@ -335,12 +344,22 @@ class Rollout:
                 self._journal.host(self.run, host, state=end.word, task=end.task, error=end.error, ended=time.time())
         passed = [host for host in hosts if self._state(host) == "running"]
         if passed and self._interrupts < 2:
+            # the soak is with real requests
+            self._edge(f"{name}: back behind the edge", restore=passed)
             self._soak(name)
             self._gate(name, passed)
         reached = [host for host in hosts if self._state(host) != "unreachable"]
         if reached and [host for host in hosts if self._state(host) not in DONE]:
-            for host, end in self._play("status.yml", f"{name}: where they are now", reached, {}).items():
-                self._journal.host(self.run, host, after=status_of(end))
+            statuses = {
+                host: status_of(end)
+                for host, end in self._play("status.yml", f"{name}: where they are now", reached, {}).items()
+            }
+            for host, status in statuses.items():
+                self._journal.host(self.run, host, after=status)
+            # who went back to a healthy release may serve again; who is not healthy stays out
+            self._edge(
+                f"{name}: back behind the edge", restore=[host for host in statuses if statuses[host]["healthy"]]
+            )
 
     def _soak(self, name: str) -> None:
         end = time.time() + self._wanted.soak
@@ -380,6 +399,7 @@ class Rollout:
                 self._journal.note(self.run, f"{host}: there is no release to go back to")
                 continue
             groups.setdefault(release, []).append(host)
+        self._edge(f"{title}: out of the edge", drain=hosts)
         for release, names in groups.items():
             ends = self._play("rollback.yml", f"{title} ({release})", names, {"nox_rollback_to": release})
             for host in names:
@@ -395,6 +415,17 @@ class Rollout:
         hosts = [host for host, row in self._journal.hosts(self.run).items() if row["state"] == "done"]
         if hosts:
             self._roll_back("all back to what was healthy", hosts)
+            back = [host for host in hosts if self._state(host) == "rolled back"]
+            self._edge("back behind the edge", restore=back)
+
+    def _edge(self, title: str, *, drain: list[str] | None = None, restore: list[str] | None = None) -> None:
+        """Take hosts out of the edge, or put them back; nothing where the inventory has no edge. Raises EdgeLost."""
+        edges = members(replace(self._options, limit=""), "nox_edge")
+        if not edges or not (drain or restore):
+            return
+        ends = self._play("drain.yml", title, edges, {"nox_drain": drain or [], "nox_restore": restore or []})
+        if lost := [f"{host}: {end.error}" for host, end in ends.items() if end.word != "ok"]:
+            raise EdgeLost(f"the edge doesn't obey, so requests would be lost. {'; '.join(lost)}")
 
     def _stop(self, number: int, name: str, bad: list[str]) -> str:
         """Why the rollout ends after this wave; empty when it goes on."""
