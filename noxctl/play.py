@@ -86,7 +86,9 @@ def error_text(result: dict[str, Any]) -> str:
         parts = [f"status {result.get('rc')}", printed[-ERROR_CHARACTERS:]]
     if result.get("exception") and not parts[0]:
         parts.append(str(result["exception"]).strip().splitlines()[-1])
-    return "\n".join(part for part in parts if part)[:ERROR_CHARACTERS].strip() or "no message"
+    text = "\n".join(part for part in parts if part).strip() or "no message"
+    # the reason is at the beginning, a journal's last words are at the end
+    return text if len(text) <= ERROR_CHARACTERS else f"{text[:500]}\n…\n{text[-(ERROR_CHARACTERS - 500) :]}"
 
 
 _KINDS = {

@@ -401,7 +401,7 @@ class Rollout:
             groups.setdefault(release, []).append(host)
         self._edge(f"{title}: out of the edge", drain=hosts)
         for release, names in groups.items():
-            ends = self._play("rollback.yml", f"{title} ({release})", names, {"nox_rollback_to": release})
+            ends = self._play("rollback.yml", f"{title} ({release})", names, {"nox_release_back_to": release})
             for host in names:
                 end = ends.get(host, End(host, unreachable=1, error="unreachable"))
                 error = rows[host]["error"] or "taken back with the others"
