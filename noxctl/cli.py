@@ -485,7 +485,10 @@ def runs(
     if json_wanted:
         show_json([{**vars(one)} for one in found])
         return
-    table = Table("run", "verb", "outcome", "began", "took", "hosts", "inventory", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "verb", "outcome", "began", "took", "hosts"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("inventory", overflow="fold")
     for one in found:
         hosts = journal.hosts(one.id)
         good = sum(row["state"] in DONE for row in hosts.values())

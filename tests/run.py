@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
-MOLECULE_SCENARIOS = ("default", "nginx")
+MOLECULE_SCENARIOS = ("default", "nginx", "fleet")
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
