@@ -64,7 +64,7 @@ lab-status: setup ## list them
 	@$(BIN)/python -m lab status
 
 fleet-test: setup ## the scenario fleet with N hosts: make fleet-test N=30
-	@NOX_HOSTS="$$(seq -f 'nox%g' -s, $(N)),edge1" $(BIN)/molecule test -s fleet; status=$$?; $(BIN)/python -m lab down --lab=m-fleet; exit $$status
+	@PATH="$(CURDIR)/$(BIN):$$PATH" NOX_HOSTS="$$(seq -f 'nox%g' -s, $(N)),edge1" $(BIN)/molecule test -s fleet; status=$$?; $(BIN)/python -m lab down --lab=m-fleet; exit $$status
 
 lock: setup ## renew the lock files from requirements/*.in
 	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/control.in -o requirements/control.lock
