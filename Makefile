@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench collection role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,7 @@ setup: .venv/complete ## the tools of the control side, in .venv
 	@echo "Installing the control side's tools into .venv (hash-checked; about half a minute) ..."
 	@$(PYTHON) -m venv --clear .venv
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --require-hashes --requirement requirements/control.lock
+	@printf '%s\n' '#!$(CURDIR)/$(BIN)/python' 'import sys; sys.path.insert(0, "$(CURDIR)")' 'from noxctl.cli import main; main()' > $(BIN)/noxctl && chmod +x $(BIN)/noxctl
 	@touch $@
 
 demo: setup ## boot a lab host, install Nox on it, use it; it stays until demo-down
@@ -61,6 +62,9 @@ lab-down: setup ## end them
 
 lab-status: setup ## list them
 	@$(BIN)/python -m lab status
+
+fleet-test: setup ## the scenario fleet with N hosts: make fleet-test N=30
+	@PATH="$(CURDIR)/$(BIN):$$PATH" NOX_HOSTS="$$(seq -f 'nox%g' -s, $(N)),edge1" $(BIN)/molecule test -s fleet; status=$$?; $(BIN)/python -m lab down --lab=m-fleet; exit $$status
 
 lock: setup ## renew the lock files from requirements/*.in
 	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/control.in -o requirements/control.lock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lab.state import Lab, LabError, write_atomic
+from lab.state import Host, Lab, LabError, write_atomic
 
 # Hidden, because Ansible reads every other file of an inventory directory as an inventory.
 KNOWN_HOSTS = ".known_hosts"
@@ -13,23 +13,31 @@ _OWNER = re.compile(r"# Written by `python3 -m lab[^`]*` for the lab (\S+);")
 
 
 def hosts_yml(lab: Lab, known_hosts: Path) -> str:
-    """The text of the inventory: a group ``nox`` with every host of the lab."""
+    """The text of the inventory: a group ``nox`` with every host of the lab, but for those that are named ``edge…``:
+    they are the group ``nox_edge``."""
+    edges = [host for host in lab.hosts.values() if host.name.startswith("edge")]
+    lines = [f"# Written by `python3 -m lab` for the lab {lab.name}; changes are lost."]
+    lines += _group("nox", lab, [host for host in lab.hosts.values() if host not in edges], known_hosts)
+    lines += _group("nox_edge", lab, edges, known_hosts) if edges else []
+    return "\n".join(lines) + "\n"
+
+
+def _group(name: str, lab: Lab, hosts: list[Host], known_hosts: Path) -> list[str]:
     ssh_options = (
         f"-o UserKnownHostsFile={known_hosts} -o GlobalKnownHostsFile=/dev/null "
         "-o StrictHostKeyChecking=yes -o IdentitiesOnly=yes -o IdentityAgent=none"
     )
     lines = [
-        f"# Written by `python3 -m lab` for the lab {lab.name}; changes are lost.",
-        "nox:",
+        f"{name}:",
         "  vars:",
         "    ansible_user: root",
         f'    ansible_ssh_private_key_file: "{lab.key}"',
         f'    ansible_ssh_common_args: "{ssh_options}"',
         "    ansible_python_interpreter: /usr/bin/python3",
         f'    lab_name: "{lab.name}"',
-        "  hosts:" if lab.hosts else "  hosts: {}",
+        "  hosts:" if hosts else "  hosts: {}",
     ]
-    for host in lab.hosts.values():
+    for host in hosts:
         lines += [
             f'    "{host.name}":',
             f'      ansible_host: "{host.address}"',
@@ -41,7 +49,7 @@ def hosts_yml(lab: Lab, known_hosts: Path) -> str:
             f'      lab_kind: "{host.kind}"',
             f'      lab_suite: "{host.suite}"',
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def known_hosts(lab: Lab) -> str:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
 YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
-MOLECULE_SCENARIOS = ("default", "nginx")
+MOLECULE_SCENARIOS = ("default", "nginx", "fleet")
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -62,6 +62,7 @@ def ruff() -> None:
 
 def mypy() -> None:
     run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "tests/bench", "docs/generate.py")
+    run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])

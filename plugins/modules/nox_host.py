@@ -237,7 +237,8 @@ def sites(module: AnsibleModule) -> dict[str, list[str]]:
                 found[proxy].append(str(path))
     caddyfile = Path("/etc/caddy/Caddyfile")
     if caddyfile.is_file():
-        ours = "managed by Ansible, role nox_proxy" in caddyfile.read_text(encoding="utf-8", errors="replace")
+        text = caddyfile.read_text(encoding="utf-8", errors="replace")
+        ours = any(f"managed by Ansible, role {role}" in text for role in ("nox_proxy", "nox_edge"))
         if not ours and not pristine(module, str(caddyfile)):
             found["caddy"].append(str(caddyfile))
     return found

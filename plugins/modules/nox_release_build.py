@@ -16,9 +16,13 @@ description:
 author: The Nox maintainers
 options:
   source:
-    description: The tree with C(app/) and C(requirements/).
+    description: The tree with C(app/) and C(requirements/). Needed unless O(bundle) is given.
     type: path
-    required: true
+  bundle:
+    description:
+      - A file made by M(nox.platform.nox_bundle). The release is taken out of it instead of being built, so that no
+        package index is needed.
+    type: path
   python:
     description: The target's Python, for example V(3.10).
     type: str
@@ -72,6 +76,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.bundle_file import digest_of, read_contents
 
 FORMAT = "1"  # part of the inputs' digest: raise it when this builder lays files out differently
 PACKAGES = ("nox_api", "nox_runner")
@@ -222,6 +227,28 @@ def build(module: AnsibleModule, source: Path, lock: Path, python: str, arch: st
     }
 
 
+def from_bundle(module: AnsibleModule, bundle: Path, cache: Path, python: str, arch: str) -> dict[str, Any]:
+    """The bundle's release for one target, as a file in the cache; its digest is checked."""
+    try:
+        with tarfile.open(bundle, mode="r:") as tar:
+            contents = read_contents(tar)
+            there = [one for one in contents["releases"] if (one["python"], one["arch"]) == (python, arch)]
+            if not there:
+                known = ", ".join(f"{one['python']} {one['arch']}" for one in contents["releases"])
+                module.fail_json(msg=f"{bundle} has no release for Python {python} on {arch}; it has: {known}")
+            release: dict[str, Any] = there[0]
+            archive = cache / f"{release['id']}.tar.gz"
+            if not archive.is_file() or digest_of(archive.read_bytes()) != release["sha256"]:
+                handle = tar.extractfile(f"releases/{release['id']}.tar.gz")
+                data = handle.read() if handle else b""
+                if digest_of(data) != release["sha256"]:
+                    module.fail_json(msg=f"{bundle}: releases/{release['id']}.tar.gz is damaged; get the bundle again")
+                write(archive, data)
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        module.fail_json(msg=f"{bundle} is no bundle (noxctl bundle makes them): {error}")
+    return {**release, "archive": str(archive)}
+
+
 def write(path: Path, data: bytes) -> None:
     """Whole or not at all: two playbooks may build at once."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as handle:
@@ -232,15 +259,22 @@ def write(path: Path, data: bytes) -> None:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "source": {"type": "path", "required": True},
+            "source": {"type": "path"},
+            "bundle": {"type": "path"},
             "python": {"type": "str", "required": True},
             "arch": {"type": "str", "choices": ["x86_64", "aarch64"], "required": True},
             "cache": {"type": "path", "required": True},
         },
+        required_one_of=[("source", "bundle")],
         supports_check_mode=True,
     )
-    source = Path(module.params["source"]).resolve()
     python, arch = module.params["python"], module.params["arch"]
+    if module.params["bundle"]:
+        cache = Path(module.params["cache"])
+        cache.mkdir(parents=True, exist_ok=True)
+        release = from_bundle(module, Path(module.params["bundle"]), cache, python, arch)
+        module.exit_json(changed=False, built=False, release=release)
+    source = Path(module.params["source"]).resolve()
     lock = source / f"requirements/app-py{python}.lock"
     if not lock.is_file():
         known = sorted(path.stem[6:] for path in lock.parent.glob("app-py*.lock"))

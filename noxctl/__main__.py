@@ -1,0 +1,3 @@
+from noxctl.cli import main
+
+main()
