@@ -61,7 +61,16 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/collection.py", "tests/acme", "tests/hostile", "tests/bench", "docs/generate.py")
+    run(
+        "mypy",
+        "lab",
+        "tests/run.py",
+        "tests/collection.py",
+        "tests/acme",
+        "tests/hostile",
+        "tests/bench",
+        "docs/generate.py",
+    )
     run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")

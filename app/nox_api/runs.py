@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import typing
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any, Literal, TypeVar
 
