@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.state import CannotHost, LabError
+from lab.state import CannotHost, LabError, locked
 
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 
@@ -78,18 +78,14 @@ def need_tools(tools: dict[str, str]) -> None:
 
     Raises LabError when apt can't.
     """
-    missing = [packages for command, packages in tools.items() if not shutil.which(command)]
-    packages = sorted({package for words in missing for package in words.split()})
-    if packages:
-        apt = (
-            "apt-get",
-            "-qq",
-            "-o",
-            "DPkg::Lock::Timeout=300",
-        )  # seconds: another apt is waited for
-        with step(f"installing on this machine with apt: {' '.join(packages)}"):
-            run(*apt, "update")
-            run(*apt, "install", "--yes", "--no-install-recommends", *packages)
+    with locked("-packages"):  # two labs may come up at once, and apt's lists have no lock that waits
+        missing = [packages for command, packages in tools.items() if not shutil.which(command)]
+        packages = sorted({package for words in missing for package in words.split()})
+        if packages:
+            apt = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300")  # seconds: another apt is waited for
+            with step(f"installing on this machine with apt: {' '.join(packages)}"):
+                run(*apt, "update")
+                run(*apt, "install", "--yes", "--no-install-recommends", *packages)
 
 
 def mounted(path: Path) -> str | None:

@@ -1,29 +1,38 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [hostile] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [hostile] [matrix] [--jobs N] [--list]
 
-A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
-passed, 1 something failed, 2 usage.
+Two steps run at a time where there are two cores: much of a scenario is waiting. A step's output is printed whole when it
+ends badly, else its last lines; .run/logs has all of it. A step that can't run here is named with its reason; it never
+passes silently. Exit codes: 0 all that could run passed, 1 something failed, 2 usage.
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
 YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
 MOLECULE_SCENARIOS = ("default", "nginx", "fleet")
+LAST_LINES = 12  # of a step that passed
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -42,12 +51,29 @@ class Failed(Exception):
     """A command of the step ended with another status than 0."""
 
 
-def run(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> None:
+class _Output(threading.local):
+    """Where the step of this thread writes."""
+
+    file: TextIO = sys.stdout
+
+
+output = _Output()
+one_at_a_time = threading.Lock()  # for what two steps would both install
+
+
+def status_of(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> int:
     command = [str(word) for word in words]
-    print(f"$ {' '.join(command)}", flush=True)
-    done = subprocess.run(command, cwd=cwd, env={**ENVIRONMENT, **(environment or {})}, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise Failed(f"status {done.returncode}: {' '.join(command)}")
+    print(f"$ {' '.join(command)}", file=output.file, flush=True)
+    merged = {**ENVIRONMENT, **(environment or {})}
+    return subprocess.run(
+        command, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, stdout=output.file, stderr=subprocess.STDOUT
+    ).returncode
+
+
+def run(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> None:
+    status = status_of(*words, cwd=cwd, environment=environment)
+    if status != 0:
+        raise Failed(f"status {status}: {' '.join(map(str, words))}")
 
 
 # ── The steps
@@ -137,9 +163,11 @@ def app_python(version: str) -> Path:
     """The interpreter of a virtual environment with the service's locked dependencies and test tools."""
     lock = ROOT / "requirements/app-test.lock"
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()
-    venv = test_home() / f"venv-{version}"
+    venv = test_home() / f"venv-{version}-{digest[:8]}"  # checkouts with other locks have others
     complete = venv / "complete"
-    if not complete.exists() or complete.read_text() != digest:
+    with one_at_a_time:
+        if complete.exists() and complete.read_text() == digest:
+            return venv / "bin/python"
         shutil.rmtree(venv, ignore_errors=True)
         python = find_python(version)
         if os.geteuid() == 0 and not reachable(python):
@@ -156,7 +184,7 @@ def app_python(version: str) -> Path:
 def copied(python: Path, place: Path) -> Path:
     """An interpreter with its standard library, copied to where every user can start it."""
     prefix = python.resolve().parent.parent
-    print(f"copying {prefix} to {place}: other users can't reach it where it is", flush=True)
+    print(f"copying {prefix} to {place}: other users can't reach it where it is", file=output.file, flush=True)
     shutil.rmtree(place, ignore_errors=True)
     skipped = shutil.ignore_patterns("test", "site-packages", "__pycache__", "*.a", "share")
     shutil.copytree(prefix, place, symlinks=True, ignore=skipped)
@@ -179,8 +207,16 @@ def unit_app(version: str, *tests: str) -> Callable[[], None]:
                 Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
-            command = (python, "-m", "pytest", "-p", "no:cacheprovider", *(tests or ("tests",)))
-            run(*command, cwd=app, environment=app_libraries(version))
+            run(
+                python,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                *(tests or ("tests",)),
+                cwd=app,
+                environment=app_libraries(version),
+            )
 
     return step
 
@@ -194,8 +230,9 @@ def require_package(program: str, package: str) -> None:
         return
     if os.geteuid() != 0:
         raise CannotRunHere(f"{package} is missing: sudo apt-get install {package}")
-    run("apt-get", "update", "-qq")
-    run("apt-get", "install", "-qq", "-y", package)
+    # the lab's own way: scenarios that begin meanwhile install things too, and apt has one lock that doesn't wait
+    code = f"from lab.machine import need_tools; need_tools({{{program!r}: {package!r}}})"
+    run(sys.executable, "-c", code)
 
 
 def require_lab() -> None:
@@ -218,9 +255,8 @@ def molecule(scenario: str) -> Callable[[], None]:
 
 def hostile(kind: str, *options: str) -> Callable[[], None]:
     def step() -> None:
-        command = [sys.executable, "-m", "tests.hostile.lab", "--kind", kind, *options]
-        print(f"$ {' '.join(command)}", flush=True)
-        status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL).returncode
+        command = (sys.executable, "-m", "tests.hostile.lab", "--kind", kind, *options)
+        status = status_of(*command)
         if status == 4:
             raise CannotRunHere(f"this machine cannot host lab hosts of the kind {kind}, see above")
         if status != 0:
@@ -275,20 +311,11 @@ STEPS = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    groups = sorted({step.group for step in STEPS})
-    if "--list" in arguments:
-        print("\n".join(f"{step.group:9} {step.name}" for step in STEPS))
-        return 0
-    if unknown := [word for word in arguments if word not in groups]:
-        print(f"unknown: {' '.join(unknown)}; there are: {' '.join(groups)}\n{__doc__}", file=sys.stderr)
-        return 2
-    outcomes: list[tuple[str, str, float, str]] = []
-    for step in STEPS:
-        if arguments and step.group not in arguments:
-            continue
-        print(f"\n━━ {step.name}", flush=True)
-        started = time.monotonic()
+def attempt(step: Step, log: Path | None) -> tuple[str, float, str]:
+    """Outcome, seconds, reason; the step's output goes to the log, or straight out where there is none."""
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        output.file = stack.enter_context(log.open("w", encoding="utf-8")) if log else sys.stdout
         try:
             step.action()
             outcome, reason = "passed", ""
@@ -296,12 +323,57 @@ def main(arguments: list[str]) -> int:
             outcome, reason = "not run", str(error)
         except (Failed, FileNotFoundError) as error:
             outcome, reason = "FAILED", str(error)
-        outcomes.append((step.name, outcome, time.monotonic() - started, reason))
-    width = max(len(name) for name, *_ in outcomes)
+    return outcome, time.monotonic() - started, reason
+
+
+def run_all(steps: list[Step], jobs: int) -> dict[str, tuple[str, float, str]]:
+    """Step's name → outcome, seconds, reason; prints each when it has ended."""
+    if jobs == 1:
+        outcomes = {}
+        for step in steps:
+            print(f"\n━━ {step.name}", flush=True)
+            outcomes[step.name] = attempt(step, None)
+        return outcomes
+    logs = ROOT / ".run/logs"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    outcomes = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        # the long ones first, so that no lane is left with one of them at the end
+        ranked = sorted(steps, key=lambda step: step.group in ("lint", "unit"))
+        running = {}
+        for step in ranked:
+            log = logs / f"{re.sub('[^a-z0-9.]+', '-', step.name.lower())}.log"
+            running[pool.submit(attempt, step, log)] = (step, log)
+        for future in concurrent.futures.as_completed(running):
+            step, log = running[future]
+            outcomes[step.name] = outcome, seconds, reason = future.result()
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            shown = lines if outcome == "FAILED" else lines[-LAST_LINES:]
+            print(f"\n━━ {step.name}: {outcome} in {seconds:.0f} s {reason}\n" + "\n".join(shown), flush=True)
+    return {step.name: outcomes[step.name] for step in steps}
+
+
+def main(arguments: list[str]) -> int:
+    groups = sorted({step.group for step in STEPS})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"some of: {' '.join(groups)}")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="steps at a time (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="say what there is, run nothing")
+    wanted = parser.parse_args(arguments)
+    if unknown := [word for word in wanted.groups if word not in groups]:
+        parser.error(f"unknown: {' '.join(unknown)}; there are: {' '.join(groups)}")
+    if wanted.list:
+        print("\n".join(f"{step.group:9} {step.name}" for step in STEPS))
+        return 0
+    outcomes = run_all(
+        [step for step in STEPS if not wanted.groups or step.group in wanted.groups], max(1, wanted.jobs)
+    )
+    width = max(len(name) for name in outcomes)
     print(f"\n━━ {'step':{width}}  {'outcome':8} seconds")
-    for name, outcome, seconds, reason in outcomes:
+    for name, (outcome, seconds, reason) in outcomes.items():
         print(f"   {name:{width}}  {outcome:8} {seconds:7.1f}{'  ' + reason if reason else ''}")
-    count = {word: sum(o == word for _, o, _, _ in outcomes) for word in ("passed", "FAILED", "not run")}
+    count = Counter(outcome for outcome, _, _ in outcomes.values())
     print(f"\nsteps: {count['passed']} passed, {count['FAILED']} failed, {count['not run']} skipped")
     return 1 if count["FAILED"] else 0
 
