@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,12 +68,22 @@ fleet-test: setup ## the scenario fleet with N hosts: make fleet-test N=30
 
 lock: setup ## renew the lock files from requirements/*.in
 	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/control.in -o requirements/control.lock
+	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/docs.in -o requirements/docs.lock
 	$(UV_COMPILE) --upgrade --universal --python-version 3.10 requirements/app-test.in -o requirements/app-test.lock
 	@set -e; for v in $(TARGET_PYTHONS); do echo "requirements/app-py$$v.lock"; \
 	$(UV_COMPILE) --upgrade --python-version $$v --python-platform x86_64-manylinux_2_28 requirements/app.in -o requirements/app-py$$v.lock; done
 
 hostile: setup ## attack a living Nox with the hostile suite: make hostile NOX_URL=https://… NOX_CA=… (token in NOX_TOKEN)
 	@$(BIN)/python -m tests.hostile --url "$(NOX_URL)" $(if $(NOX_CA),--ca "$(NOX_CA)") $(if $(NOX_HOST),--host "$(NOX_HOST)")
+
+docs: .venv-docs/complete ## the documentation as pages, in .run/site; dead links are errors
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	@echo "to read it: $(PYTHON) -m http.server -d .run/site"
+
+.venv-docs/complete: requirements/docs.lock
+	@$(PYTHON) -m venv --clear .venv-docs
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-docs/bin/pip install --quiet --require-hashes --requirement requirements/docs.lock
+	@touch $@
 
 role-docs: setup ## the roles' READMEs and docs/variables.md, from the argument specifications
 	@$(BIN)/python docs/generate.py

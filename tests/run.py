@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [acme] [collection] [hostile] [matrix] [--jobs N] [--list]
+    python tests/run.py [GROUP ...] [--jobs N] [--list]
 
 Two steps run at a time where there are two cores: much of a scenario is waiting. A step's output is printed whole when it
 ends badly, else its last lines; .run/logs has all of it. A step that can't run here is named with its reason; it never
@@ -87,16 +87,9 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run(
-        "mypy",
-        "lab",
-        "tests/run.py",
-        "tests/collection.py",
-        "tests/acme",
-        "tests/hostile",
-        "tests/bench",
-        "docs/generate.py",
-    )
+    own = ("lab", "tests/run.py", "tests/collection.py", "tests/guides.py", "tests/acme", "tests/hostile", "tests/bench")
+    run("mypy", *own)
+    run("mypy", "docs/generate.py", "docs/pages.py")
     run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
@@ -123,6 +116,15 @@ def ansible_lint() -> None:
 
 def role_docs() -> None:
     run(sys.executable, "docs/generate.py", "--check")
+
+
+def docs() -> None:
+    """Pages without dead links, and without anything that a browser would load from elsewhere."""
+    run("make", "docs", f"PYTHON={sys.executable}")
+    foreign = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+    found = {tag for page in (ROOT / ".run/site").rglob("*.html") for tag in foreign.findall(page.read_text())}
+    if found:
+        raise Failed(f"pages load from elsewhere: {' '.join(sorted(found))}")
 
 
 def unit_control() -> None:
@@ -274,11 +276,17 @@ def damage_matrix() -> None:
 
 
 def on_lab_hosts(module: str) -> Callable[[], None]:
-    """A test that brings up, and takes down, a lab of its own."""
+    """A test that brings up, and takes down, a lab of its own; its exit code 4 says that it can't run here and why."""
 
     def step() -> None:
         require_lab()
-        run(sys.executable, "-m", module)
+        command = [sys.executable, "-m", module]
+        print(f"$ {' '.join(command)}", flush=True)
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL)
+        if done.returncode == 4:
+            raise CannotRunHere("a demo or lab of that name is up: its last line says how to end it")
+        if done.returncode != 0:
+            raise Failed(f"status {done.returncode}: {' '.join(command)}")
 
     return step
 
@@ -298,12 +306,14 @@ STEPS = (
     Step("lint", "shellcheck", shellcheck),
     Step("lint", "ansible-lint, production profile", ansible_lint),
     Step("lint", "role READMEs and variables page are fresh", role_docs),
+    Step("docs", "documentation builds, links hold", docs),
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("unit", f"zygote on Python {version}", zygote_on(version)) for version in YOUNG_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
+    Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
     Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
     Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
