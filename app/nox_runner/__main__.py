@@ -81,7 +81,8 @@ def _arguments() -> argparse.Namespace:
         "--client-user",
         default="nox-api",
         metavar="USER",
-        help="the only user that may connect; 'self' is the runner's own (default: nox-api)",
+        help="the only user that may connect, a name or a number; 'self' is the runner's own"
+        " (default: nox-api)",
     )
     parser.add_argument("--bwrap", default="/usr/bin/bwrap", metavar="PATH")
     parser.add_argument("--version", action="version", version=__version__)
@@ -101,6 +102,8 @@ def _read(path: str) -> Settings:
 def _uid(user: str) -> int:
     if user == "self":
         return os.getuid()
+    if user.isdigit():
+        return int(user)
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
