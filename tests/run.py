@@ -87,7 +87,15 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    own = ("lab", "tests/run.py", "tests/collection.py", "tests/guides.py", "tests/acme", "tests/hostile", "tests/bench")
+    own = (
+        "lab",
+        "tests/run.py",
+        "tests/collection.py",
+        "tests/guides.py",
+        "tests/acme",
+        "tests/hostile",
+        "tests/bench",
+    )
     run("mypy", *own)
     run("mypy", "docs/generate.py", "docs/pages.py")
     run("mypy", "--python-version=3.11", "noxctl")
