@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
-MOLECULE_SCENARIOS = ("default", "nginx")
+MOLECULE_SCENARIOS = ("default", "nginx", "repair")
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -60,7 +60,7 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/hostile")
+    run("mypy", "lab", "tests/run.py", "tests/hostile", "playbooks/drift.py")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
@@ -192,14 +192,6 @@ def molecule(scenario: str) -> Callable[[], None]:
     return step
 
 
-def damage_matrix() -> None:
-    if "matrix" not in sys.argv[1:]:
-        raise CannotRunHere(
-            "only on request (tests/run.py matrix): about 20 minutes, and not all damages pass: docs/repair.md"
-        )
-    molecule("repair")()
-
-
 @dataclass(frozen=True)
 class Step:
     group: str
@@ -217,7 +209,6 @@ STEPS = (
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
-    Step("matrix", "molecule: repair", damage_matrix),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -169,6 +170,20 @@ def test_the_operators_other_sites_are_left_alone(host: Any, site: Site, also: s
     host.check_output(f"rm {BLOG}")
     assert site.repair().report["state"] == ("mended" if also else "clean")
     site.check()
+    BROKEN.clear()
+
+
+def test_drift_tells_hosts_apart_by_its_exit_status(host: Any, site: Site) -> None:
+    """A host that can't be reached comes first, then drift; the JSON names each. (Not installed: not_installed.yml.)"""
+    gone = site.scratch / "gone.yml"
+    gone.write_text("nox: {hosts: {gone: {ansible_host: 127.0.0.1, ansible_port: 1}}}\n")
+    clean = site.drift()
+    assert (clean.status, clean.report["state"]) == (0, "clean")
+    host.check_output("chmod 600 /usr/local/bin/nox-monitor")
+    both = site.drift("-i", str(gone), "--limit", f"{site.name},gone")
+    assert (both.status, both.report["state"]) == (4, "drifted")
+    assert re.search(r"\ngone +unreachable", both.output)
+    assert site.repair().status == 0
     BROKEN.clear()
 
 
