@@ -83,7 +83,8 @@ def floor(hosts: dict[str, dict[str, Any]], shared: bool) -> None:
     """One interpreter on each host, all at once."""
     words = [[*ssh(one, shared), "python3 -c pass"] for one in hosts.values()]
     started = [subprocess.Popen(one, stdin=subprocess.DEVNULL) for one in words]
-    if any([process.wait() for process in started]):
+    statuses = [process.wait() for process in started]
+    if any(statuses):
         raise SystemExit("ssh failed")
 
 
