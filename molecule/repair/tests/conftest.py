@@ -44,7 +44,10 @@ def ran(verb: str, name: str, scratch: Path, *command: str, more: tuple[str, ...
     report.unlink(missing_ok=True)
     begun = time.monotonic()
     words = ["-i", str(INVENTORY), "--limit", name, "-e", f"nox_{verb}_json={report}"]
-    done = subprocess.run([*command, *words, *more], capture_output=True, text=True)
+    plain = {key: value for key, value in os.environ.items() if key != "ANSIBLE_FORCE_COLOR"}  # Molecule sets it
+    done = subprocess.run(
+        [*command, *words, *more], env={**plain, "ANSIBLE_NOCOLOR": "1"}, capture_output=True, text=True
+    )
     seconds = time.monotonic() - begun
     output = done.stdout + done.stderr
     assert report.exists(), output

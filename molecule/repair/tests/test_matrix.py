@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -87,7 +88,7 @@ def kept_aside(host: Any, repaired: Ran) -> None:
 
 
 def proven(host: Any, site: Site, names: dict[str, str], logs: bool) -> Ran:
-    """Repairs, and shows that all is well again. Returns the repair."""
+    """Repairs, and shows that nothing is left to mend and nothing of the operator's is lost. Returns the repair."""
     repaired = site.repair()
     assert repaired.status == 0, repaired.output[-3000:]
     assert repaired.report["state"] == "mended", repaired.report
@@ -102,9 +103,6 @@ def proven(host: Any, site: Site, names: dict[str, str], logs: bool) -> Ran:
     assert history.split()[0] == names["history"], "the history of releases survives"
     lines = sum(map(int, marks.split("+")))
     assert not logs or lines > 0, "the logs survive"
-    site.check()
-    # the check rotates the logs, for real
-    host.check_output(PUT_MARKS)
     return repaired
 
 
@@ -135,6 +133,8 @@ def test_damage(host: Any, site: Site, names: dict[str, str], one: Damage, recor
     # the clocks are the same: the hosts share this machine's kernel
     assert all(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun - 1)) <= moment for moment in since), since
     repaired = proven(host, site, names, one.keeps_log)
+    site.check()
+    host.check_output(PUT_MARKS)  # the check rotates the logs, for real
     by = ", ".join(repaired.report["by"])
     record_property("damage", (one.name, " · ".join(sorted(drift.findings)), by, repaired.seconds))
     BROKEN.clear()
@@ -145,6 +145,9 @@ def test_pair(host: Any, site: Site, names: dict[str, str], both: tuple[Damage, 
     for one in both:
         damage(host, one, names)
     repaired = proven(host, site, names, all(one.keeps_log for one in both))
+    report = json.loads(host.run("nox-debug --json").stdout)
+    assert [check for check in report["checks"] if check["state"] == "fail"] == []
+    host.check_output(PUT_MARKS)  # where a damage has taken the logs along
     name, by = f"{both[0].name} + {both[1].name}", ", ".join(repaired.report["by"])
     record_property("damage", (name, f"{len(repaired.findings)} findings", by, repaired.seconds))
     BROKEN.clear()
