@@ -49,7 +49,7 @@ check: setup ## what `make install` would change on this machine
 	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml --check --diff
 
 drift: setup ## what differs on this machine from what was installed; changes nothing
-	$(BIN)/ansible-playbook -i inventory/local playbooks/drift.yml
+	$(BIN)/python playbooks/drift.py -i inventory/local
 
 repair: setup ## bring a damaged Nox on this machine back to health
 	$(BIN)/ansible-playbook -i inventory/local playbooks/repair.yml

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
 YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
-MOLECULE_SCENARIOS = ("default", "nginx", "fleet")
+MOLECULE_SCENARIOS = ("repair", "fleet", "default", "nginx")  # the longest first
 LAST_LINES = 12  # of a step that passed
 ENVIRONMENT = {
     **os.environ,
@@ -87,17 +87,8 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    own = (
-        "lab",
-        "tests/run.py",
-        "tests/collection.py",
-        "tests/guides.py",
-        "tests/acme",
-        "tests/hostile",
-        "tests/bench",
-    )
-    run("mypy", *own)
-    run("mypy", "docs/generate.py", "docs/pages.py")
+    run("mypy", "lab", "playbooks/drift.py", "docs/generate.py", "docs/pages.py")
+    run("mypy", "tests/run.py", "tests/collection.py", "tests/guides.py", "tests/acme", "tests/hostile", "tests/bench")
     run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")
@@ -275,26 +266,16 @@ def hostile(kind: str, *options: str) -> Callable[[], None]:
     return step
 
 
-def damage_matrix() -> None:
-    if "matrix" not in sys.argv[1:]:
-        raise CannotRunHere(
-            "only on request (tests/run.py matrix): about 20 minutes, and not all damages pass: docs/repair.md"
-        )
-    molecule("repair")()
-
-
 def on_lab_hosts(module: str) -> Callable[[], None]:
     """A test that brings up, and takes down, a lab of its own; its exit code 4 says that it can't run here and why."""
 
     def step() -> None:
         require_lab()
-        command = [sys.executable, "-m", module]
-        print(f"$ {' '.join(command)}", flush=True)
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL)
-        if done.returncode == 4:
+        status = status_of(sys.executable, "-m", module)
+        if status == 4:
             raise CannotRunHere("a demo or lab of that name is up: its last line says how to end it")
-        if done.returncode != 0:
-            raise Failed(f"status {done.returncode}: {' '.join(command)}")
+        if status != 0:
+            raise Failed(f"status {status}: python -m {module}")
 
     return step
 
@@ -325,7 +306,6 @@ STEPS = (
     Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
     Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
-    Step("matrix", "molecule: repair", damage_matrix),
 )
 
 

@@ -176,9 +176,14 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             self.hosts[name] = Host(verdict, [PYTHON_GONE], since=self.task_since)
             return
         host = self.hosts.setdefault(name, Host("failed"))
-        if host.left is None and host.verdict != "absent" and self.playbook == "repair.yml":
-            lines = str(result._result.get("msg", "")).strip().splitlines()
-            host.error = f"{result._task.get_name()}: {lines[0] if lines else 'no message'}"
+        if host.verdict == "failed" and host.error:
+            return  # of the check itself: what was tried after it says less
+        if host.verdict == "failed" or (
+            host.left is None and host.verdict != "absent" and self.playbook == "repair.yml"
+        ):
+            message, trace = (str(result._result.get(key, "")).strip() for key in ("msg", "module_stderr"))
+            said = [*message.splitlines()[:1], *trace.splitlines()[-1:]]
+            host.error = f"{result._task.get_name()}: {'; '.join(said) or 'no message'}"
             host.seconds = time.monotonic() - host.since if host.since else 0.0
 
     def v2_playbook_on_stats(self, stats: Any) -> None:

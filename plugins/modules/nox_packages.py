@@ -51,7 +51,12 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_MODE": "l"}
+ENVIRONMENT = {
+    "DEBIAN_FRONTEND": "noninteractive",
+    "LC_ALL": "C",
+    "NEEDRESTART_MODE": "l",
+    "TMPDIR": "/tmp",  # noqa: S108  repair's own is /run, where packages may not execute their questions
+}
 
 
 def missing_packages(module: AnsibleModule, names: list[str]) -> list[str]:

@@ -828,7 +828,7 @@ def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
     elif one.id == "package.missing":
         removed = re.findall(rf"(?m)^(\S+ \S+) remove {re.escape(one.what)}:", read_text("/var/log/dpkg.log"))
         moment = time.mktime(time.strptime(removed[-1], "%Y-%m-%d %H:%M:%S")) if removed else 0.0
-    elif one.id == "path.owner" and one.found.split(":")[0].isdigit():
+    elif one.id == "path.owner" and any(part.isdigit() for part in one.found.split(":")):
         pass  # the account went, not the file
     elif one.what.startswith("/") and one.owner != OPERATOR:
         path = Path(one.what.partition(":")[0])

@@ -204,8 +204,9 @@ class TestSince:
         assert nox_state.since(one, {"a.service": unit()}) == ""
 
     def test_an_owner_without_a_name_says_nothing_about_the_file(self, tmp_path: Path) -> None:
-        one = nox_state.Finding("path.owner", "nox_account", str(tmp_path), "nox:nox", "999:999")
-        assert nox_state.since(one, {}) == ""
+        for found in ("999:999", "root:999"):
+            one = nox_state.Finding("path.owner", "nox_account", str(tmp_path), "root:nox", found)
+            assert nox_state.since(one, {}) == ""
 
 
 def test_a_time_still_to_come_is_no_sign_of_an_old_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,12 +39,15 @@ class Ran:
         return {f"{one['id']} {one['what']}" for one in self.report["findings"]}
 
 
-def ran(verb: str, name: str, scratch: Path, *command: str) -> Ran:
+def ran(verb: str, name: str, scratch: Path, *command: str, more: tuple[str, ...] = ()) -> Ran:
     report = scratch / f"{verb}.json"
     report.unlink(missing_ok=True)
     begun = time.monotonic()
     words = ["-i", str(INVENTORY), "--limit", name, "-e", f"nox_{verb}_json={report}"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True)
+    plain = {key: value for key, value in os.environ.items() if key != "ANSIBLE_FORCE_COLOR"}  # Molecule sets it
+    done = subprocess.run(
+        [*command, *words, *more], env={**plain, "ANSIBLE_NOCOLOR": "1"}, capture_output=True, text=True
+    )
     seconds = time.monotonic() - begun
     output = done.stdout + done.stderr
     assert report.exists(), output
@@ -58,8 +61,10 @@ class Site:
     name: str
     scratch: Path
 
-    def drift(self) -> Ran:
-        return ran("drift", self.name, self.scratch, sys.executable, str(PROJECT / "playbooks/drift.py"))
+    def drift(self, *more: str) -> Ran:
+        """As the wrapper ends it; `more` are further words, the last --limit counts."""
+        program = (sys.executable, str(PROJECT / "playbooks/drift.py"))
+        return ran("drift", self.name, self.scratch, *program, more=more)
 
     def repair(self) -> Ran:
         return ran("repair", self.name, self.scratch, "ansible-playbook", str(PROJECT / "playbooks/repair.yml"))

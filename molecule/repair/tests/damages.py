@@ -236,7 +236,7 @@ DAMAGES = [
     ),
     Damage(
         "clock set back an hour",
-        f"touch -d '+1 hour' {{record}} {UNITS}/nox-* {CADDY} {CONFIG}; touch -h -d '+1 hour' /opt/nox/current",
+        f"touch -d '+1 hour' {{record}} {CADDY} {CONFIG}; touch -h -d '+1 hour' /opt/nox/current",
         ("clock.behind clock",),
     ),
     Damage("python3 deleted", "rm /usr/bin/python3", ("host.python /usr/bin/python3",)),
