@@ -39,6 +39,22 @@ class Limits:
         )
 
 
+def enforced(limits: Limits) -> dict[str, str]:
+    """By name what every backend enforces, and how."""
+    return {
+        "time": f"{limits.timeout:g} s, then all of the run is killed",
+        "cpu_time": "RLIMIT_CPU, time x cores",
+        "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
+        "processes": f"{limits.processes}, RLIMIT_NPROC",
+        "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
+        "output": f"{limits.output} bytes per stream",
+        "network": "none, own network namespace",
+        "system_files": "read-only, own mount namespace",
+        "capabilities": "none",
+        "system_calls": "seccomp allow-list",
+    }
+
+
 def apply(pid: int, limits: Limits) -> None:
     """Set the resource limits of the process `pid`, which its later children inherit."""
     apply_ahead(pid, limits)

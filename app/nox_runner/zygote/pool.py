@@ -104,6 +104,8 @@ class Pool:
         self._dying: list[int] = []
         self._emptying: list[Group] = []
         self._plan: Plan | None = None
+        self.landlock = 0
+        """Version of Landlock that the sandboxes have, 0 if none."""
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._made_for: Plan | None = None
@@ -229,7 +231,9 @@ class Pool:
         told = control.recv(1 << 16)
         if told[:1] != nest.READY:
             raise OSError(f"the zygote does not start: {_reason(told[1:], self._zygote)}")
-        for name, reason in json.loads(told[1:]).items():
+        found = json.loads(told[1:])
+        self.landlock = found["landlock"]
+        for name, reason in found["skipped"].items():
             log("warning", "preimport_skipped", module=name, reason=reason)
         with self._changed:
             self._made_for = plan
