@@ -57,6 +57,7 @@ class PublicSettings(BaseModel):
     quota_files: int
     keep_days: int
     shell_policy: bool
+    network: bool
     log_level: str
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
-from nox_runner.control_group import NO_CPU_SHARE, Group, Groups
+from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.supervision import Supervision
 from nox_runner.tmpfs import MAX_FILES, Watch
@@ -121,7 +121,7 @@ class Bubblewrap:
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         missing = {
-            "cpu_share": NO_CPU_SHARE,
+            **resource_limits.not_enforced(limits),
             "landlock": "only the zygote backend has it",
             **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }

@@ -60,6 +60,7 @@ class Settings:
     quota_files: int = 20_000
     keep_days: int = 0
     shell_policy: bool = True
+    network: bool = False
     log_level: str = "info"
     backend: str = "auto"
     preimport: tuple[str, ...] = PREIMPORT
@@ -165,6 +166,7 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_QUOTA_FILES": ("quota_files", _whole(100, 100_000_000)),
     "NOX_KEEP_DAYS": ("keep_days", _whole(0, 36_500)),
     "NOX_SHELL_POLICY": ("shell_policy", _switch),
+    "NOX_NETWORK": ("network", _switch),
     "NOX_LOG_LEVEL": ("log_level", _level),
     "NOX_BACKEND": ("backend", _backend),
     "NOX_PREIMPORT": ("preimport", _modules),

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from service import Service
 
 
@@ -201,3 +202,21 @@ def test_landlock_is_in_force(nox: Service) -> None:
 def test_renaming_between_directories_is_allowed(nox: Service) -> None:
     script = "mkdir -p a b && echo x >a/f && mv a/f b/ && ln b/f a/g && cat a/g && rm -r a b"
     assert nox.shell(script)["stdout"] == "x\n"
+
+
+@pytest.mark.parametrize("backend", ["zygote", "bubblewrap"])
+def test_the_network_where_it_is_wanted(own: Callable[..., Service], backend: str) -> None:
+    """On a host the unit decides what can be reached; here that is this machine's loopback."""
+    nox = own(NOX_BACKEND=backend, NOX_NETWORK="on").start()
+    limits = nox.detail()["limits"]
+    assert "network" in limits["not_enforced"] and "network" not in limits["enforced"]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        code = (
+            "import socket, os\n"
+            f"socket.create_connection(('127.0.0.1', {listening.getsockname()[1]}), 5)\n"
+            "print(os.path.exists('/etc/resolv.conf'))"
+        )
+        result = nox.python(code)
+    resolvers = os.path.exists("/etc/resolv.conf")
+    assert result["stdout"] == f"{resolvers}\n", result
+    assert nox.python("open('/etc/x', 'w')")["status"] == "error"

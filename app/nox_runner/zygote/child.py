@@ -152,7 +152,8 @@ def _build(config: dict[str, Any], job: socket.socket) -> None:
     os.setsid()
     kernel.map_ids(config["uid"], config["gid"])
     _mounts(config)
-    _loopback()
+    if not config["network"]:
+        _loopback()
     _own_limits()
     if config["landlock"]:
         kernel.landlock(*config["landlock"])

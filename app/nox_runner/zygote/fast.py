@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
-from nox_runner.control_group import NO_CPU_SHARE, Groups
+from nox_runner.control_group import Groups
 from nox_runner.limits import Limits
 from nox_runner.settings import Settings
 from nox_runner.tmpfs import MAX_FILES
@@ -100,7 +100,7 @@ class Zygote:
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         missing = {
-            "cpu_share": NO_CPU_SHARE,
+            **resource_limits.not_enforced(limits),
             **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
         if not self._pool.landlock:

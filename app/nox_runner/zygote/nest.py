@@ -183,7 +183,10 @@ def _hatch(config: dict[str, Any], control: socket.socket) -> None:
     told, report = os.pipe()
     handle = -1
     try:
-        pid, handle = kernel.clone(child.NAMESPACES)
+        namespaces = child.NAMESPACES
+        if config["network"]:
+            namespaces &= ~kernel.CLONE_NEWNET
+        pid, handle = kernel.clone(namespaces)
         if pid == 0:
             child.init(config, job, report)
         sent = array.array("i", [runner_side.fileno(), told, handle])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import nox_runner
 from nox_runner import limits as resource_limits
 from nox_runner import orphans
-from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
+from nox_runner.command import ETC_FROM_HOST, ETC_WITH_NETWORK, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.log import log
@@ -341,6 +341,7 @@ def _reason(told: bytes, zygote: subprocess.Popen[bytes]) -> str:
 
 
 def _config(plan: Plan) -> dict[str, object]:
+    network = plan.limits.network
     links = {} if plan.sandbox.startswith("/var/tmp/") else {"/var/tmp": "/tmp"}
     if os.path.islink("/etc/localtime"):
         links["/etc/localtime"] = os.readlink("/etc/localtime")
@@ -354,7 +355,8 @@ def _config(plan: Plan) -> dict[str, object]:
         "run_size": RUN_SIZE + plan.text_size,
         "preimport": plan.preimport,
         "roots": ["/usr", *(f"/{name}" for name in ROOTS if os.path.isdir(f"/{name}"))],
-        "etc_from_host": ETC_FROM_HOST,
+        "network": network,
+        "etc_from_host": [*ETC_FROM_HOST, *(ETC_WITH_NETWORK if network else ())],
         "links": links,
-        "files": etc(plan.sandbox),
+        "files": etc(plan.sandbox, network),
     }
