@@ -208,16 +208,8 @@ def unit_app(version: str, *tests: str) -> Callable[[], None]:
                 Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
-            run(
-                python,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                *(tests or ("tests",)),
-                cwd=app,
-                environment=app_libraries(version),
-            )
+            pytest = (python, "-m", "pytest", "-p", "no:cacheprovider")
+            run(*pytest, *(tests or ("tests",)), cwd=app, environment=app_libraries(version))
 
     return step
 

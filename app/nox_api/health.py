@@ -60,6 +60,7 @@ class PublicSettings(BaseModel):
     history: bool
     history_days: int
     history_size: int
+    network: bool
     log_level: str
 
 

@@ -9,9 +9,10 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
 
+from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
-from nox_runner.control_group import NO_CPU_SHARE, Group, Groups
+from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.supervision import Supervision
 from nox_runner.tmpfs import MAX_FILES, Watch
@@ -106,18 +107,7 @@ class Bubblewrap:
 
     def enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.enforced."""
-        enforced = {
-            "time": f"{limits.timeout:g} s, then all of the run is killed",
-            "cpu_time": "RLIMIT_CPU, time x cores",
-            "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
-            "processes": f"{limits.processes}, RLIMIT_NPROC",
-            "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
-            "output": f"{limits.output} bytes per stream",
-            "network": "none, own network namespace",
-            "system_files": "read-only, own mount namespace",
-            "capabilities": "none",
-            "system_calls": "seccomp allow-list",
-        }
+        enforced = resource_limits.enforced(limits)
         each = "each for /tmp and /dev/shm"
         watched = "watched: a run that has more is killed"
         if self._command.sizes_tmpfs:
@@ -131,7 +121,8 @@ class Bubblewrap:
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
         missing = {
-            "cpu_share": NO_CPU_SHARE,
+            **resource_limits.not_enforced(limits),
+            "landlock": "only the zygote backend has it",
             **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
         if self._instead_of:

@@ -11,7 +11,7 @@ import os
 import pwd
 import re
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -24,7 +24,11 @@ SOURCES = {"python": "/run/nox/main.py", "sh": "/run/nox/main.sh"}
 
 ROOTS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
 ETC_FROM_HOST = ("/etc/alternatives", "/etc/ld.so.cache")
+ETC_WITH_NETWORK = ("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/services")
+"""Beside those, where runs may use the network."""
 RUN_SIZE = 1 << 20
+# systemd-resolved's list of real servers: its own address is the host's loopback, which stays shut.
+_RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
 _BOOTSTRAP = inspect.getsource(bootstrap).replace(bootstrap.__doc__ or "", "", 1)
@@ -83,7 +87,8 @@ class Command:
         """
         descriptors = [gate, status, program.source]
         options = [
-            *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc"),
+            *("--unshare-user", "--unshare-pid", "--unshare-ipc"),
+            *(() if limits.network else ("--unshare-net",)),
             *("--unshare-uts", "--unshare-cgroup-try", "--hostname", "nox"),
             *("--die-with-parent", "--new-session", "--cap-drop", "ALL"),
             *("--block-fd", str(gate), "--json-status-fd", str(status)),
@@ -108,11 +113,11 @@ class Command:
         # Without --perms the file would be the owner's only; a umask may forbid even that.
         options += ["--perms", "0444", "--ro-bind-data"]
         options += [str(program.source), SOURCES[program.language]]
-        for path in ETC_FROM_HOST:
+        for path in (*ETC_FROM_HOST, *(ETC_WITH_NETWORK if limits.network else ())):
             options += ["--ro-bind-try", path, path]
         if os.path.islink("/etc/localtime"):
             options += ["--symlink", os.readlink("/etc/localtime"), "/etc/localtime"]
-        for path, text in etc(sandbox).items():
+        for path, text in etc(sandbox, limits.network).items():
             descriptor = memory_file(path, text.encode())
             open_fds.callback(os.close, descriptor)
             descriptors.append(descriptor)
@@ -176,13 +181,21 @@ def _user() -> str:
         return "nox"
 
 
-def etc(sandbox: str) -> dict[str, str]:
+def etc(sandbox: str, network: bool) -> dict[str, str]:
     """The few files of /etc that ordinary programs look for. The host's /etc stays outside."""
+    found = {}
+    if network:
+        for path in _RESOLVERS:
+            with suppress(OSError), open(path) as file:
+                found["/etc/resolv.conf"] = file.read()
+                break
     user, uid, gid = _user(), os.getuid(), os.getgid()
     return {
+        **found,
         "/etc/passwd": f"{user}:x:{uid}:{gid}::{sandbox}:/bin/sh\n",
         "/etc/group": f"{user}:x:{gid}:\n",
         "/etc/hostname": "nox\n",
         "/etc/hosts": "127.0.0.1 localhost nox\n::1 localhost nox\n",
-        "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+        "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files"
+        + (" dns\n" if network else "\n"),
     }

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from nox_runner.limits import Limits
 
-NO_CPU_SHARE = "a run may use every core; there are as many slots as cores"
 _OWN_LEAF = "supervisor"
 _PREFIX = "run-"
 _CONTROLLERS = {"memory": "memory.max", "pids": "pids.max"}

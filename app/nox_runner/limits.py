@@ -25,6 +25,7 @@ class Limits:
     processes: int
     file_size: int
     tmp_size: int
+    network: bool = False
 
     @classmethod
     def of(cls, settings: Settings, timeout: float) -> Limits:
@@ -36,7 +37,33 @@ class Limits:
             processes=settings.pids,
             file_size=settings.file_size,
             tmp_size=settings.tmp_size,
+            network=settings.network,
         )
+
+
+def enforced(limits: Limits) -> dict[str, str]:
+    """By name what every backend enforces, and how."""
+    network = {} if limits.network else {"network": "none, own network namespace"}
+    return {
+        "time": f"{limits.timeout:g} s, then all of the run is killed",
+        "cpu_time": "RLIMIT_CPU, time x cores",
+        "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
+        "processes": f"{limits.processes}, RLIMIT_NPROC",
+        "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
+        "output": f"{limits.output} bytes per stream",
+        **network,
+        "system_files": "read-only, own mount namespace",
+        "capabilities": "none",
+        "system_calls": "seccomp allow-list",
+    }
+
+
+def not_enforced(limits: Limits) -> dict[str, str]:
+    """By name what no backend enforces with these settings, and why."""
+    missing = {"cpu_share": "a run may use every core; there are as many slots as cores"}
+    if limits.network:
+        missing["network"] = "NOX_NETWORK=on: a run reaches all that the runner's unit may reach"
+    return missing
 
 
 def apply(pid: int, limits: Limits) -> None:

@@ -30,7 +30,7 @@ def _probe() -> None:
     if same:
         walls["namespaces"] = "shared with the host: " + ", ".join(same)
     interfaces = {line.partition(":")[0].strip() for line in read("/proc/net/dev").split("\n")[2:]}
-    if interfaces - {"", "lo"}:
+    if interfaces - {"", "lo"} and not expected["network"]:
         walls["network"] = "interfaces " + ", ".join(sorted(interfaces))
     for place in ("/", "/usr", "/etc", "/dev", "/proc/sys/kernel"):
         try:

@@ -82,8 +82,10 @@ class Proof:
 
 
 def _expectation(limits: Limits) -> dict[str, object]:
+    namespaces = [name for name in _NAMESPACES if name != "net" or not limits.network]
     return {
-        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES},
+        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in namespaces},
+        "network": limits.network,
         "devices": [os.stat(path).st_dev for path in _HOSTS_OWN if os.path.exists(path)],
         "environment": _ENVIRONMENT,
         "resources": {

@@ -63,6 +63,7 @@ class Settings:
     history: bool = False
     history_days: int = 90
     history_size: int = 512 << 20
+    network: bool = False
     log_level: str = "info"
     backend: str = "auto"
     preimport: tuple[str, ...] = PREIMPORT
@@ -171,6 +172,7 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_HISTORY": ("history", _switch),
     "NOX_HISTORY_DAYS": ("history_days", _whole(0, 36_500)),
     "NOX_HISTORY_SIZE": ("history_size", _size(1 << 20, 1 << 40)),
+    "NOX_NETWORK": ("network", _switch),
     "NOX_LOG_LEVEL": ("log_level", _level),
     "NOX_BACKEND": ("backend", _backend),
     "NOX_PREIMPORT": ("preimport", _modules),

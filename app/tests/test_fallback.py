@@ -97,7 +97,7 @@ PROGRAMS = {
     "import subprocess; print(subprocess.run(['echo', 'x'], capture_output=True).stdout)": (
         "b'x\\n'\n"
     ),
-    "import csv, sqlite3, decimal; print(decimal.Decimal('1.10') * 2)": "2.20\n",
+    "import csv, decimal, zlib; print(decimal.Decimal('1.10') * 2)": "2.20\n",
     "import multiprocessing as m\nwith m.Pool(2) as p: print(p.map(abs, [-1, 2]))": "[1, 2]\n",
     "f = open('x', 'w'); f.write('kept')": "",
     "print(open('x').read())": "kept\n",

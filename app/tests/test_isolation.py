@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from service import Service
 
 
@@ -173,3 +174,49 @@ def test_temporary_space_with_the_bubblewrap_of_ubuntu_22_04(own: Callable[..., 
         assert result["duration_ms"] < 2000
     assert "Read-only" in nox.shell("touch /run/x /x")["stderr"]
     assert nox.python("print(1)")["stdout"] == "1\n"
+
+
+LAYERS = """
+import ctypes, struct
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)
+count = 0
+while True:
+    attributes = struct.pack("=Q", 1 << 12)
+    rules = libc.syscall(444, attributes, ctypes.c_size_t(8), 0)
+    if rules < 0 or libc.syscall(446, rules, 0) != 0:
+        break
+    count += 1
+print(count)
+"""
+
+
+def test_landlock_is_in_force(nox: Service) -> None:
+    """The kernel allows 16 layers of it: where the sandbox has put one, 15 are left."""
+    limits = nox.detail()["limits"]
+    left = int(nox.python(LAYERS)["stdout"])
+    assert left == (15 if "landlock" in limits["enforced"] else 16 if left else 0)
+    assert ("landlock" in limits["enforced"]) != ("landlock" in limits["not_enforced"])
+
+
+def test_renaming_between_directories_is_allowed(nox: Service) -> None:
+    script = "mkdir -p a b && echo x >a/f && mv a/f b/ && ln b/f a/g && cat a/g && rm -r a b"
+    assert nox.shell(script)["stdout"] == "x\n"
+
+
+@pytest.mark.parametrize("backend", ["zygote", "bubblewrap"])
+def test_the_network_where_it_is_wanted(own: Callable[..., Service], backend: str) -> None:
+    """On a host the unit decides what can be reached; here that is this machine's loopback."""
+    nox = own(NOX_BACKEND=backend, NOX_NETWORK="on").start()
+    limits = nox.detail()["limits"]
+    assert "network" in limits["not_enforced"] and "network" not in limits["enforced"]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        code = (
+            "import socket, os\n"
+            f"socket.create_connection(('127.0.0.1', {listening.getsockname()[1]}), 5)\n"
+            "print(os.path.exists('/etc/resolv.conf'))"
+        )
+        result = nox.python(code)
+    resolvers = os.path.exists("/etc/resolv.conf")
+    assert result["stdout"] == f"{resolvers}\n", result
+    assert nox.python("open('/etc/x', 'w')")["status"] == "error"

@@ -59,6 +59,26 @@ _WALL = 0x40000000  # also children that were cloned without a signal
 _LOOPBACK_UP = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
 
 
+def landlock(sandbox: str) -> tuple[dict[str, int], int] | None:
+    """The rights to files that a run has, by path, and all that Landlock is to look after.
+
+    None where it cannot be used: before version 2 (Linux 5.19) it forbids every renaming from one
+    directory to another, which honest programs do.
+    """
+    version = kernel.landlock_version()
+    if version < 2:
+        return None
+    handled = kernel.LANDLOCK_ALL
+    write = kernel.LANDLOCK_WRITE
+    if version >= 3:
+        handled |= kernel.LANDLOCK_TRUNCATE
+        write |= kernel.LANDLOCK_TRUNCATE
+    own = handled & ~kernel.LANDLOCK_DEVICES
+    some = kernel.LANDLOCK_READ | write
+    rights = {"/": kernel.LANDLOCK_READ, "/dev": some, "/proc": some}
+    return {**rights, **dict.fromkeys(("/tmp", "/dev/shm", "/run", sandbox), own)}, handled
+
+
 def prepare() -> None:
     """Before any fork: what can be settled once for all sandboxes."""
     global _known
@@ -132,8 +152,11 @@ def _build(config: dict[str, Any], job: socket.socket) -> None:
     os.setsid()
     kernel.map_ids(config["uid"], config["gid"])
     _mounts(config)
-    _loopback()
+    if not config["network"]:
+        _loopback()
     _own_limits()
+    if config["landlock"]:
+        kernel.landlock(*config["landlock"])
     config["seal"]()
 
 

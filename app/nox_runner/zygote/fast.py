@@ -7,8 +7,9 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
+from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
-from nox_runner.control_group import NO_CPU_SHARE, Groups
+from nox_runner.control_group import Groups
 from nox_runner.limits import Limits
 from nox_runner.settings import Settings
 from nox_runner.tmpfs import MAX_FILES
@@ -86,25 +87,22 @@ class Zygote:
     def enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.enforced."""
         each = "each for /tmp and /dev/shm"
-        return {
-            "time": f"{limits.timeout:g} s, then all of the run is killed",
-            "cpu_time": "RLIMIT_CPU, time x cores",
-            "memory_per_process": f"{limits.memory} bytes, RLIMIT_DATA",
-            "processes": f"{limits.processes}, RLIMIT_NPROC",
-            "file_size": f"{limits.file_size} bytes, RLIMIT_FSIZE",
-            "output": f"{limits.output} bytes per stream",
-            "network": "none, own network namespace",
-            "system_files": "read-only, own mount namespace",
-            "capabilities": "none",
-            "system_calls": "seccomp allow-list",
+        enforced = {
+            **resource_limits.enforced(limits),
             "tmp_size": f"{limits.tmp_size} bytes {each}",
             "tmp_files": f"{MAX_FILES} {each}",
             **(self._groups.enforced(limits) if self._groups else {}),
         }
+        if self._pool.landlock:
+            enforced["landlock"] = f"version {self._pool.landlock}, for files"
+        return enforced
 
     def not_enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.not_enforced."""
-        return {
-            "cpu_share": NO_CPU_SHARE,
+        missing = {
+            **resource_limits.not_enforced(limits),
             **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
         }
+        if not self._pool.landlock:
+            missing["landlock"] = "this kernel has none of version 2 (Linux 5.19), or it is barred"
+        return missing

@@ -20,7 +20,9 @@ from typing import Any
 from nox_runner.zygote import child, kernel
 
 READY = b"R"
-"""Told once. After it, each byte that comes asks for a sandbox, several for several."""
+"""Told once, with JSON: which modules were skipped, and the version of Landlock in use.
+
+After it, each byte that comes asks for a sandbox, several for several."""
 CHILD = b"C"
 """Begins the answer; with it come the job socket, the report pipe and the init's pidfd."""
 FAILED = b"E"
@@ -49,8 +51,10 @@ def main(control: socket.socket) -> int:
     sys.path[:] = [path for path in sys.path if path != config["library"]]
     for name in [name for name in sys.modules if name.partition(".")[0] == "nox_runner"]:
         del sys.modules[name]
+    config["landlock"] = child.landlock(config["sandbox"])
     child.prepare()
-    control.send(READY + json.dumps(skipped).encode())
+    landlock = kernel.landlock_version() if config["landlock"] else 0
+    control.send(READY + json.dumps({"skipped": skipped, "landlock": landlock}).encode())
     while asked := control.recv(256):
         for _ in asked:
             _hatch(config, control)
@@ -179,7 +183,10 @@ def _hatch(config: dict[str, Any], control: socket.socket) -> None:
     told, report = os.pipe()
     handle = -1
     try:
-        pid, handle = kernel.clone(child.NAMESPACES)
+        namespaces = child.NAMESPACES
+        if config["network"]:
+            namespaces &= ~kernel.CLONE_NEWNET
+        pid, handle = kernel.clone(namespaces)
         if pid == 0:
             child.init(config, job, report)
         sent = array.array("i", [runner_side.fileno(), told, handle])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import nox_runner
 from nox_runner import limits as resource_limits
 from nox_runner import orphans
-from nox_runner.command import ETC_FROM_HOST, ROOTS, RUN_SIZE, etc, memory_file
+from nox_runner.command import ETC_FROM_HOST, ETC_WITH_NETWORK, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.log import log
@@ -104,6 +104,8 @@ class Pool:
         self._dying: list[int] = []
         self._emptying: list[Group] = []
         self._plan: Plan | None = None
+        self.landlock = 0
+        """Version of Landlock that the sandboxes have, 0 if none."""
         self._zygote: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._made_for: Plan | None = None
@@ -229,7 +231,9 @@ class Pool:
         told = control.recv(1 << 16)
         if told[:1] != nest.READY:
             raise OSError(f"the zygote does not start: {_reason(told[1:], self._zygote)}")
-        for name, reason in json.loads(told[1:]).items():
+        found = json.loads(told[1:])
+        self.landlock = found["landlock"]
+        for name, reason in found["skipped"].items():
             log("warning", "preimport_skipped", module=name, reason=reason)
         with self._changed:
             self._made_for = plan
@@ -337,6 +341,7 @@ def _reason(told: bytes, zygote: subprocess.Popen[bytes]) -> str:
 
 
 def _config(plan: Plan) -> dict[str, object]:
+    network = plan.limits.network
     links = {} if plan.sandbox.startswith("/var/tmp/") else {"/var/tmp": "/tmp"}
     if os.path.islink("/etc/localtime"):
         links["/etc/localtime"] = os.readlink("/etc/localtime")
@@ -350,7 +355,8 @@ def _config(plan: Plan) -> dict[str, object]:
         "run_size": RUN_SIZE + plan.text_size,
         "preimport": plan.preimport,
         "roots": ["/usr", *(f"/{name}" for name in ROOTS if os.path.isdir(f"/{name}"))],
-        "etc_from_host": ETC_FROM_HOST,
+        "network": network,
+        "etc_from_host": [*ETC_FROM_HOST, *(ETC_WITH_NETWORK if network else ())],
         "links": links,
-        "files": etc(plan.sandbox),
+        "files": etc(plan.sandbox, network),
     }
