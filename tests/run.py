@@ -88,7 +88,8 @@ def ruff() -> None:
 
 def mypy() -> None:
     run("mypy", "lab", "playbooks/drift.py", "docs/generate.py", "docs/pages.py")
-    run("mypy", "tests/run.py", "tests/collection.py", "tests/guides.py", "tests/acme", "tests/hostile", "tests/bench")
+    run("mypy", "tests/run.py", "tests/load.py", "tests/collection.py", "tests/guides.py", "tests/acme")
+    run("mypy", "tests/hostile", "tests/bench")
     run("mypy", "--python-version=3.11", "noxctl")
     run("mypy", "roles/nox_tools/files/nox-debug")
     run("mypy", "roles/nox_tools/files/nox-monitor")

@@ -22,7 +22,6 @@ _STATUS: dict[Code, int] = {
     "no_space": 507,
     "busy": 503,
     "unable": 503,
-    "stopping": 503,
 }
 _log = logging.getLogger("nox.runner")
 

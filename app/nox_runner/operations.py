@@ -37,7 +37,6 @@ class Service:
 
     settings: Settings
     backend: Backend
-    stopping: bool = False
     slots: Slots = field(init=False)
     proof: Proof = field(init=False)
     quota: Quota = field(init=False)
@@ -93,8 +92,8 @@ class Service:
         enforced = self.backend.enforced(limits) if able else {}
         not_enforced = {**self.backend.not_enforced(limits), **self.proof.missing} if able else {}
         return protocol.HealthReply(
-            able=able and not self.stopping,
-            reason="the runner is stopping" if self.stopping else self.proof.reason,
+            able=able,
+            reason=self.proof.reason,
             backend=self.backend.name,
             version=__version__,
             slots_used=self.slots.used,
@@ -113,8 +112,6 @@ class Service:
             with self.slots.one(_SLOT_PATIENCE) as held:
                 if not held:
                     raise Failure("busy", "no slot became free")
-                if self.stopping:
-                    raise Failure("stopping", "the runner is stopping")
                 if not self.proof.able():
                     raise Failure("unable", self.proof.reason)
                 program = Program(

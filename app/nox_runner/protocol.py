@@ -53,7 +53,6 @@ Code = Literal[
     "no_space",  # disk or quota full
     "busy",  # no slot or thread became free in time
     "unable",  # the sandbox does not work on this host
-    "stopping",
     "internal",
 ]
 

@@ -138,7 +138,8 @@ class Server:
             self._free.notify_all()
 
     def _drain(self) -> None:
-        self._service.stopping = True
+        # Who connects from now on waits for the next runner. Who was accepted is served: a refusal
+        # would lose a request that could as well run.
         patience = self._service.settings.timeout + _DRAIN_MARGIN
         systemd.stopping(patience)
         log("info", "stopping")

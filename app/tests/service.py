@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import pwd
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,40 @@ class Service:
         )  # fmt: skip
         wait_for(lambda: self.runner_log().count('"ready"') > before, "the runner")
 
-    def start_front(self) -> None:
+    def start_front(self, env: dict[str, str] | None = None, passed: Sequence[int] = ()) -> None:
+        """With `env`, it waits for nothing: who plays systemd is told."""
         self.front = self._spawn(
             "nox_api", "--settings", str(self.front_settings), "--runner-socket",
             str(self.socket), "--log-dir", str(self.logs), "--history-dir", str(self.history),
+            env=env, passed=passed,
         )  # fmt: skip
-        wait_for(lambda: '"ready"' in self.front_log(), "the front")
+        if env is None:
+            wait_for(lambda: '"ready"' in self.front_log(), "the front")
 
-    def _spawn(self, module: str, *options: str) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self,
+        module: str,
+        *options: str,
+        env: dict[str, str] | None = None,
+        passed: Sequence[int] = (),
+    ) -> subprocess.Popen[bytes]:
+        # As systemd does: descriptors from 3 on, and the pid that is to use them.
+        passing = (
+            "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); "
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+
+        def place() -> None:
+            high = [fcntl.fcntl(one, fcntl.F_DUPFD, 100) for one in passed]
+            for number, one in enumerate(high, 3):
+                os.dup2(one, number)
+
+        command = as_user(sys.executable, "-c", passing, sys.executable, "-m", module, *options)
         with open(self.root / f"{module}.stderr", "ab") as stderr:
             return subprocess.Popen(
-                as_user(sys.executable, "-m", module, *options),
-                cwd=APP, env=environment(), stdin=subprocess.DEVNULL, stderr=stderr,
+                command, cwd=APP, env={**environment(), **(env or {})}, stderr=stderr,
+                stdin=subprocess.DEVNULL, preexec_fn=place,
+                pass_fds=range(3, 3 + len(passed)),
             )  # fmt: skip
 
     def runner_log(self) -> str:

@@ -207,6 +207,72 @@ def test_systemd_is_told(own: Make) -> None:
         listener.close()
 
 
+def test_a_restart_closes_no_connection(own: Make) -> None:
+    nox = own()
+    nox.start_runner()
+    path = str(nox.run / "notify")
+    stored: dict[str, list[int]] = {}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        os.chmod(path, 0o777)
+        manager.settimeout(10)
+
+        def obey_until(last: str) -> None:
+            """What systemd does with messages, up to one that begins with `last`."""
+            message = ""
+            while not message.startswith(last):
+                data, descriptors, _, _ = socket.recv_fds(manager, 4096, 8)
+                message = data.decode()
+                name = message.partition("FDNAME=")[2]
+                if message.startswith("FDSTORE=1"):
+                    stored.setdefault(name, []).extend(descriptors)
+                else:  # a barrier's end, or none
+                    for descriptor in [*descriptors, *stored.pop(name, [])]:
+                        os.close(descriptor)
+
+        def start() -> None:
+            passed = [(name, one) for name, many in stored.items() for one in many]
+            names = ":".join(name for name, _ in passed)
+            env = {"LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": names, "NOTIFY_SOCKET": path}
+            nox.start_front(env, [one for _, one in passed])
+            obey_until("READY=1")
+
+        start()
+        assert list(stored) == ["listener"]
+        with nox.client() as idle, nox.client() as busy, ThreadPoolExecutor(1) as pool:
+            assert idle.get("/files").status_code == 200
+            assert busy.get("/files").status_code == 200
+            running_one = pool.submit(busy.post, "/run_sh", json={"cmd": "sleep 1; echo done"})
+            wait_for(lambda: list(running("sleep", "1")), "the run")
+            assert nox.front is not None
+            nox.front.send_signal(signal.SIGTERM)
+            obey_until("BARRIER=1")
+            assert nox.front.wait(10) == 0
+            assert running_one.result().json()["stdout"] == "done\n"
+            assert running_one.result().headers["connection"] == "close"
+            assert len(stored["connection"]) == 1
+            # Sent while nobody is there to read it.
+            late = pool.submit(idle.post, "/run_sh", json={"cmd": "echo late"})
+            start()
+            assert late.result().json()["stdout"] == "late\n"
+            assert list(stored) == ["listener"]
+        # An address of its own follows the settings, kept socket or not.
+        nox.front.send_signal(signal.SIGTERM)
+        obey_until("BARRIER=1")
+        assert nox.front.wait(10) == 0
+        old = nox.port
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            nox.port = probe.getsockname()[1]
+        nox.write_settings(NOX_PORT=nox.port)
+        start()
+        assert nox.shell("echo moved")["stdout"] == "moved\n"
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", old)) != 0
+        for descriptor in stored.pop("listener"):
+            os.close(descriptor)
+
+
 def test_strangers_and_nonsense_at_the_runners_socket(own: Make) -> None:
     nox = own().start()
     assert nox.runner is not None

@@ -56,6 +56,7 @@ host:
 
 import hashlib
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -111,9 +112,10 @@ def socket_owners() -> dict[str, int]:
             for descriptor in os.scandir(f"/proc/{entry.name}/fd"):
                 target = os.readlink(descriptor.path)
                 if target.startswith("socket:["):
-                    # the lowest pid wins: the parent of a forking server, not one of its children
+                    # the lowest pid wins: the parent of a forking server, not one of its children; but systemd,
+                    # which keeps a copy of its services' sockets, only where nobody else holds it
                     inode, pid = target[8:-1], int(entry.name)
-                    owners[inode] = min(pid, owners.get(inode, pid))
+                    owners[inode] = min(pid, owners.get(inode, pid), key=lambda one: (one == 1, one))
         except OSError:  # the process ended, or isn't ours to see
             continue
     return owners
@@ -127,6 +129,13 @@ def process_unit(pid: int) -> str:
         return ""
     units = re.findall(r"/([^/\n]+\.(?:service|socket|scope))", text)
     return units[-1] if units else ""
+
+
+def user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def process_name(pid: int) -> str:
@@ -151,12 +160,15 @@ def listeners() -> list[dict[str, Any]]:
                 continue
             address, port = _address(column[1])
             pid = owners.get(column[9], 0)
+            unit = process_unit(pid) if pid else ""
+            if pid == 1 and user_name(int(column[7])) == "nox-api":
+                unit = "nox-api.service"  # kept by systemd for a service that is just being restarted
             found.append(
                 {
                     "port": port,
                     "address": address,
                     "process": process_name(pid) if pid else "",
-                    "unit": process_unit(pid) if pid else "",
+                    "unit": unit,
                 }
             )
     return sorted(found, key=lambda one: (one["port"], one["address"]))
