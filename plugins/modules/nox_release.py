@@ -11,19 +11,21 @@ description:
   - Unpacks an archive made by M(nox.platform.nox_release_build) to C(releases/<id>), after its SHA-256 has been
     checked, and lets C(current) point to it by one atomic rename. No network, no pip, no compiler.
   - A release that is there already is checked file by file against its own list, and unpacked anew when it differs.
-  - C(manifest.json) remembers which release ran from when, and whether it was seen healthy. Pruning goes by that
-    record, never by file times, and spares the current and the last healthy release.
+  - C(manifest.json) remembers which release ran from when, and whether it was seen healthy or failed. Pruning and
+    rolling back go by that record, never by file times; the current and the last healthy release are spared.
 author: The Nox maintainers
 options:
   id:
-    description: The release, C(<version>-<digest>).
+    description:
+      - The release, C(<version>-<digest>). With O(state=back) it may be left out, which means the last other release
+        that was recorded as healthy and is still there.
     type: str
-    required: true
+    default: ""
   sha256:
-    description: The archive's SHA-256. Needed unless O(state=healthy).
+    description: The archive's SHA-256. Needed with O(state=current).
     type: str
   archive:
-    description: The archive on the host. Needed unless O(state=healthy).
+    description: The archive on the host. Needed with O(state=current).
     type: path
   root:
     description: The directory that holds releases, archives and links.
@@ -38,9 +40,12 @@ options:
     type: path
     default: /var/lib/nox/state.json
   state:
-    description: V(current) unpacks and switches; V(healthy) records that the current release passed its tests.
+    description:
+      - V(current) unpacks, tries whether the new code can be loaded at all, and switches. V(healthy) and V(failed)
+        record what came of the tests of the release that was switched to last. V(back) switches to a release recorded
+        as healthy.
     type: str
-    choices: [current, healthy]
+    choices: [current, healthy, failed, back]
     default: current
 """
 
@@ -53,6 +58,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+release:
+  description: The release that is current now (in check mode, would be).
+  returned: always
+  type: str
 previous:
   description: The release that was current before, empty where there was none.
   returned: always
@@ -118,6 +127,7 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
             module.fail_json(
                 msg=f"Python {about['python']} on this host can't compile the release: {err.strip()[-800:]}"
             )
+        try_out(module, scratch)
         if directory.exists():
             aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.broken-"))
             directory.rename(aside / "old")
@@ -127,6 +137,18 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
             scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def try_out(module: AnsibleModule, tree: Path) -> None:
+    """A release that can't even be imported is refused while the old one goes on running. Nobody's rights suffice."""
+    for name in ("nox_api", "nox_runner"):
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
+        command += [str(tree / "venv/bin/python3"), "-I", "-m", name, "--version"]
+        rc, _, err = module.run_command(command)
+        if rc != 0:
+            module.fail_json(
+                msg=f"This release can't be loaded ({name}): {err.strip()[-800:]}\nNothing was switched; the running release goes on."
+            )
 
 
 def point(link: Path, target: str) -> None:
@@ -169,28 +191,104 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def outcomes(entries: list[dict[str, Any]]) -> dict[str, bool]:
+    """Release → whether it was healthy when it was last judged, the last one judged first."""
+    found: dict[str, bool] = {}
+    for entry in reversed(entries):
+        if entry.get("healthy") or entry.get("failed"):
+            found.setdefault(entry["release"], bool(entry.get("healthy")) and not entry.get("failed"))
+    return found
+
+
+def way_back(entries: list[dict[str, Any]], there: list[str], current: str, wanted: str) -> tuple[str, str]:
+    """(release to go back to, why there is none). By the record, never by file times."""
+    judged = outcomes(entries)
+    good = [name for name, healthy in judged.items() if healthy and name in there]
+    choice = ", ".join(name for name in good if name != current) or "none"
+    if wanted:
+        if wanted in good:
+            return wanted, ""
+        why = "is not on this host" if wanted not in there else "was never recorded as healthy"
+        return "", f"{wanted} {why}. There are: {choice}"
+    others = [name for name in good if name != current]
+    return (others[0], "") if others else ("", "no other release on this host was recorded as healthy")
+
+
 def prunable(entries: list[dict[str, Any]], there: list[str], current: str, keep: int) -> list[str]:
-    """Releases to remove, by the order of the record: oldest activation first."""
+    """Releases to remove: by the order of the record the oldest activation first, but failed ones before all others."""
     order = list(dict.fromkeys(entry["release"] for entry in reversed(entries)))
-    healthy = next((e["release"] for e in reversed(entries) if e.get("healthy") and e["release"] != current), "")
+    healthy = next((name for name, good in outcomes(entries).items() if good and name != current), "")
     spared = {current, healthy}
     ranked = [name for name in order if name in there] + [name for name in there if name not in order]
+    judged = outcomes(entries)
+    ranked.sort(key=lambda name: not judged.get(name, True))
     surplus = [name for name in ranked if name not in spared]
     return surplus[max(0, keep - len(spared & set(there))) :]
+
+
+def judge(module: AnsibleModule, root: Path, entries: list[dict[str, Any]]) -> list[str]:
+    """Records what came of the tests of the release that was switched to last."""
+    name, state = module.params["id"], module.params["state"]
+    last = entries[-1] if entries else None
+    if last is None or last["release"] != name:
+        if not module.check_mode:
+            module.fail_json(msg=f"{root}/manifest.json: {name} is not the release switched to last")
+    elif not last.get(state):
+        last[state] = now()
+        if not module.check_mode:
+            write_manifest(root / "manifest.json", entries)
+        return [f"record {name} as {state}"]
+    return []
+
+
+def go_back(
+    module: AnsibleModule, root: Path, entries: list[dict[str, Any]], there: list[str]
+) -> tuple[str, list[str]]:
+    """Switches to a release that was healthy, after a look whether it still is whole."""
+    current = Path(target_of(root / "current")).name
+    name, why = way_back(entries, there, current, module.params["id"])
+    if not name:
+        module.fail_json(msg=f"Can't go back: {why}.")
+    directory = root / "releases" / name
+    problem = release_problem(directory)
+    if problem:
+        module.fail_json(msg=f"Can't go back to {name}: {problem}.")
+    python = (directory / "venv/bin/python3").resolve()
+    if not os.access(python, os.X_OK):
+        module.fail_json(msg=f"Can't go back to {name}: it needs {python}, which isn't there any more.")
+    if name == current and entries and entries[-1]["release"] == name:
+        return name, []
+    entries.append({"release": name, "since": now(), "healthy": ""})
+    if not module.check_mode:
+        point(root / "current", f"releases/{name}")
+        write_manifest(root / "manifest.json", entries[-200:])
+    return name, [f"switch back from {current or 'nothing'} to {name}"]
+
+
+def complete_releases(root: Path) -> tuple[list[str], list[str]]:
+    """(releases, what runs that were killed have left)."""
+    releases = root / "releases"
+    there = sorted(path.name for path in releases.iterdir() if path.is_dir()) if releases.is_dir() else []
+    # `.<id>.partial-…` and `.<id>.broken-…` are what a run that was killed has left
+    return [one for one in there if not one.startswith(".")], [one for one in there if one.startswith(".")]
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "id": {"type": "str", "required": True},
+            "id": {"type": "str", "default": ""},
             "sha256": {"type": "str"},
             "archive": {"type": "path"},
             "root": {"type": "path", "default": "/opt/nox"},
             "keep": {"type": "int", "default": 3},
             "record": {"type": "path", "default": "/var/lib/nox/state.json"},
-            "state": {"type": "str", "choices": ["current", "healthy"], "default": "current"},
+            "state": {"type": "str", "choices": ["current", "healthy", "failed", "back"], "default": "current"},
         },
-        required_if=[("state", "current", ["sha256", "archive"])],
+        required_if=[
+            ("state", "current", ["id", "sha256", "archive"]),
+            ("state", "healthy", ["id"]),
+            ("state", "failed", ["id"]),
+        ],
         supports_check_mode=True,
     )
     root, name = Path(module.params["root"]), module.params["id"]
@@ -203,17 +301,21 @@ def main() -> None:
     previous = Path(target_of(link)).name
     actions: list[str] = []
 
-    if module.params["state"] == "healthy":
-        last = entries[-1] if entries else None
-        if last is None or last["release"] != name:
-            if not module.check_mode:
-                module.fail_json(msg=f"{manifest}: {name} is not the release switched to last")
-        elif not last.get("healthy"):
-            actions.append(f"record {name} as healthy")
-            last["healthy"] = now()
-            if not module.check_mode:
-                write_manifest(manifest, entries)
-        module.exit_json(changed=bool(actions), actions=actions, previous=previous)
+    def leave(release: str) -> None:
+        module.exit_json(
+            changed=bool(actions),
+            actions=actions,
+            previous=previous,
+            release=release,
+            diff={"before": "", "after": "".join(f"{action}\n" for action in actions)},
+        )
+
+    if module.params["state"] in ("healthy", "failed"):
+        actions += judge(module, root, entries)
+        leave(previous)
+    if module.params["state"] == "back":
+        name, actions = go_back(module, root, entries, complete_releases(root)[0])
+        leave(name)
 
     directory = root / "releases" / name
     problem = "absent"
@@ -245,22 +347,18 @@ def main() -> None:
         if not module.check_mode:
             write_manifest(manifest, entries)
 
-    releases = root / "releases"
-    there = sorted(path.name for path in releases.iterdir() if path.is_dir()) if releases.is_dir() else []
-    complete = [one for one in there if not one.startswith(".")]
-    # `.<id>.partial-…` and `.<id>.broken-…` are what a run that was killed has left
-    leftovers = [one for one in there if one.startswith(".")]
+    complete, leftovers = complete_releases(root)
     for old in [*leftovers, *prunable(entries, complete, name, module.params["keep"])]:
         actions.append(f"remove {old}")
         if not module.check_mode:
-            shutil.rmtree(releases / old, ignore_errors=True)
-            (root / f"archives/{old}.tar.gz").unlink(missing_ok=True)
-    module.exit_json(
-        changed=bool(actions),
-        actions=actions,
-        previous=previous,
-        diff={"before": "", "after": "".join(f"{action}\n" for action in actions)},
-    )
+            shutil.rmtree(root / "releases" / old, ignore_errors=True)
+    kept = {name, *complete_releases(root)[0]}
+    for archive in sorted((root / "archives").glob("*.tar.gz")):
+        if archive.name.removesuffix(".tar.gz") not in kept:
+            actions.append(f"remove {archive}")
+            if not module.check_mode:
+                archive.unlink()
+    leave(name)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,26 @@ def pip_install(module: AnsibleModule, lock: Path, target: Path, python: str, ar
         record.unlink()
 
 
+def add_packages(module: AnsibleModule, lock: Path, target: Path, python: str, arch: str) -> None:
+    """The locked dependencies, fetched once per lock: another version of the service seldom has others."""
+    cache = Path(module.params["cache"])
+    key = hashlib.sha256(f"{FORMAT}\0{python}\0{arch}\0".encode() + lock.read_bytes()).hexdigest()
+    kept, digest = cache / f"packages-{key}.tar.gz", cache / f"packages-{key}.sha256"
+    try:
+        data = kept.read_bytes()
+        usable = hashlib.sha256(data).hexdigest() == digest.read_text(encoding="ascii")
+    except OSError:
+        usable = False
+    if usable:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(target)  # noqa: S202  written below, by ourselves
+        return
+    pip_install(module, lock, target, python, arch)
+    data = pack(target)
+    write(kept, data)
+    write(digest, hashlib.sha256(data).hexdigest().encode())
+
+
 def add_project(source: Path, target: Path, version: str) -> None:
     """The service itself: its packages, and the metadata that makes `pip list` name it."""
     for path in source_files(source):
@@ -205,7 +225,7 @@ def build(module: AnsibleModule, source: Path, lock: Path, python: str, arch: st
         tree = Path(scratch) / "release"
         packages = tree / f"venv/lib/python{python}/site-packages"
         packages.mkdir(parents=True)
-        pip_install(module, lock, packages, python, arch)
+        add_packages(module, lock, packages, python, arch)
         add_project(source, packages, version)
         lay_out(tree, python)
         about = {"name": "nox", "version": version, "python": python, "arch": arch, "inputs": inputs}

@@ -23,9 +23,14 @@ options:
     description:
       - V(started) starts what is not active. V(restarted) always acts, V(reloaded) acts on what is active (for handlers).
       - V(stopped) also disables.
+      - V(stable) changes nothing; it fails unless all units stay up for O(seconds), their services with the same process.
     type: str
-    choices: [started, restarted, reloaded, stopped]
+    choices: [started, restarted, reloaded, stopped, stable]
     default: started
+  seconds:
+    description: How long units have to stay up with O(state=stable).
+    type: int
+    default: 5
   journal_lines:
     description: How many journal lines a failure shows.
     type: int
@@ -49,11 +54,12 @@ actions:
   type: list
 """
 
+import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload")
+PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "MainPID")
 
 
 def show(module: AnsibleModule, names: list[str]) -> dict[str, dict[str, str]]:
@@ -66,6 +72,23 @@ def show(module: AnsibleModule, names: list[str]) -> dict[str, dict[str, str]]:
         name: dict(line.split("=", 1) for line in block.splitlines())
         for name, block in zip(names, blocks)  # noqa: B905  Python 3.9's zip has no strict=
     }
+
+
+def watch(module: AnsibleModule, names: list[str], seconds: int) -> None:
+    """Fails as soon as a unit isn't up, or a service has another process than at first."""
+    first = show(module, names)
+    end = time.monotonic() + seconds
+    now = first
+    while True:
+        for name in names:
+            if now[name]["ActiveState"] not in ("active", "reloading"):
+                fail(module, [name], f"{name} is {now[name]['ActiveState']} ({now[name]['SubState']})")
+            if now[name].get("MainPID") != first[name].get("MainPID"):
+                fail(module, [name], f"{name} was restarted within {seconds} s")
+        if time.monotonic() >= end:
+            return
+        time.sleep(0.5)
+        now = show(module, names)
 
 
 def plan(units: dict[str, dict[str, str]], state: str) -> list[list[str]]:
@@ -109,14 +132,19 @@ def main() -> None:
             "name": {"type": "list", "elements": "str", "required": True},
             "state": {
                 "type": "str",
-                "choices": ["started", "restarted", "reloaded", "stopped"],
+                "choices": ["started", "restarted", "reloaded", "stopped", "stable"],
                 "default": "started",
             },
+            "seconds": {"type": "int", "default": 5},
             "journal_lines": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
     )
     names, state = module.params["name"], module.params["state"]
+    if state == "stable":
+        if not module.check_mode:
+            watch(module, names, module.params["seconds"])
+        module.exit_json(changed=False, units={}, actions=[])
     units = show(module, names)
     actions = plan(units, state)
     lines = [f"systemctl {' '.join(action)}" for action in actions]

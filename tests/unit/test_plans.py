@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
@@ -80,6 +81,36 @@ class TestPruning:
     def test_unrecorded_releases_go_first(self) -> None:
         entries = self.entries("b", "c")
         assert nox_release.prunable(entries, ["a", "b", "c"], "c", keep=2) == ["a"]
+
+    def test_failed_releases_go_before_healthy_ones(self) -> None:
+        entries = self.entries("a", "b", "c", "d", healthy=("a", "b"))
+        entries[2]["failed"] = "yes"
+        assert nox_release.prunable(entries, ["a", "b", "c", "d"], "d", keep=3) == ["c"]
+
+
+class TestWayBack:
+    RECORD: ClassVar = [
+        {"release": "a", "healthy": "yes"},
+        {"release": "b", "healthy": "yes"},
+        {"release": "c", "healthy": "", "failed": "yes"},
+        {"release": "d", "healthy": ""},
+    ]
+
+    def test_the_last_other_healthy_one(self) -> None:
+        assert nox_release.way_back(self.RECORD, ["a", "b", "c", "d"], "d", "") == ("b", "")
+        assert nox_release.way_back(self.RECORD, ["a", "b", "c", "d"], "b", "") == ("a", "")
+
+    def test_one_that_is_not_there_is_none(self) -> None:
+        assert nox_release.way_back(self.RECORD, ["a", "c", "d"], "d", "") == ("a", "")
+        assert nox_release.way_back(self.RECORD, ["c", "d"], "d", "")[0] == ""
+
+    def test_a_failed_or_unproven_one_is_refused_by_name(self) -> None:
+        for name in ("c", "d", "x"):
+            assert nox_release.way_back(self.RECORD, ["a", "c", "d"], "a", name)[0] == ""
+
+    def test_one_that_failed_later_is_no_way_back(self) -> None:
+        record = [*self.RECORD, {"release": "b", "healthy": "", "failed": "yes"}]
+        assert nox_release.way_back(record, ["a", "b"], "d", "") == ("a", "")
 
 
 def test_kernel_addresses() -> None:
