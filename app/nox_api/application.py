@@ -40,7 +40,7 @@ def create_app(
     problem.install(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
-    app.add_middleware(BearerAuth, token=lambda: state.settings.token)
+    app.add_middleware(BearerAuth, tokens=lambda: state.settings.tokens())
     app.add_middleware(BodyLimit, limit=lambda: state.settings.max_body)
     app.add_middleware(AccessLog, observe=state.metrics.request)
     return app

@@ -178,6 +178,8 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_PREIMPORT": ("preimport", _modules),
 }
 TOKEN_KEY = "NOX_API_TOKEN"
+PREVIOUS_KEY = "NOX_API_TOKEN_PREVIOUS"
+PREVIOUS_UNTIL_KEY = "NOX_API_TOKEN_PREVIOUS_UNTIL"
 
 
 def parse(text: str, path: str) -> list[Assignment]:
@@ -237,7 +239,7 @@ def build(kind: type[SettingsType], assignments: list[Assignment], path: str) ->
 
 def warnings(assignments: list[Assignment], path: str) -> list[str]:
     """One message for each `NOX_` key that nobody reads, with the key that was probably meant."""
-    known = [*_CONVERT, TOKEN_KEY]
+    known = [*_CONVERT, TOKEN_KEY, PREVIOUS_KEY, PREVIOUS_UNTIL_KEY]
     messages = []
     for assignment in assignments:
         if not assignment.key.startswith("NOX_") or assignment.key in known:

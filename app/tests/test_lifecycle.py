@@ -137,6 +137,22 @@ def test_reload(own: Make) -> None:
     assert nox.token not in nox.front_log()
 
 
+def test_two_tokens_for_a_while(own: Make) -> None:
+    nox = own().start()
+    assert nox.front is not None
+    old, nox.token = nox.token, "e" * 64
+    until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3))
+    nox.write_settings(NOX_API_TOKEN_PREVIOUS=old, NOX_API_TOKEN_PREVIOUS_UNTIL=until)
+    nox.front.send_signal(signal.SIGHUP)
+    wait_for(lambda: '"reloaded"' in nox.front_log(), "the reload")
+    with nox.client(old) as before, nox.client() as after, nox.client("d" * 64) as wrong:
+        assert before.get("/files").status_code == 200
+        assert after.get("/files").status_code == 200
+        assert wrong.get("/files").status_code == 401
+        wait_for(lambda: before.get("/files").status_code == 401, "its end")
+        assert after.get("/files").status_code == 200
+
+
 def test_rotation_loses_no_line(own: Make) -> None:
     nox = own().start()
     ids = []

@@ -83,6 +83,24 @@ def test_bad_tokens(tmp_path: Path, text: str, cause: str) -> None:
     assert not value or value not in message
 
 
+def test_the_token_before(tmp_path: Path) -> None:
+    path = tmp_path / "settings"
+    old = "fedcba9876543210" * 4
+    both = f"NOX_API_TOKEN={TOKEN}\nNOX_API_TOKEN_PREVIOUS={old}\n"
+    for until, accepted in (
+        ("", (TOKEN, old)),
+        ("NOX_API_TOKEN_PREVIOUS_UNTIL=2999-01-31T12:00:00Z\n", (TOKEN, old)),
+        ("NOX_API_TOKEN_PREVIOUS_UNTIL=2001-01-31T12:00:00Z\n", (TOKEN,)),
+    ):
+        path.write_text(both + until)
+        made = load(str(path))
+        assert made.tokens() == accepted and old not in repr(made)
+    for bad in ("NOX_API_TOKEN_PREVIOUS=short\n", "NOX_API_TOKEN_PREVIOUS_UNTIL=tomorrow\n"):
+        path.write_text(both + bad)
+        with pytest.raises(SettingsError, match="NOX_API_TOKEN_PREVIOUS"):
+            load(str(path))
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         load(str(tmp_path / "absent"))

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The syntax of /etc/default/nox-api, and what makes a token acceptable."""
+"""The syntax of /etc/default/nox-api, how it is written, and what makes a token acceptable."""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from pathlib import Path
 
 LINE = re.compile(r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*$")
 
@@ -40,3 +43,32 @@ def token_state(token: str | None) -> str:
     if not re.fullmatch(r"[!-~]+", token):
         return "malformed"
     return "ok"
+
+
+def assign(text: str, name: str, value: str, comment: str) -> str:
+    """Sets a key where it stands (its last assignment counts), or adds it at the end."""
+    lines = text.splitlines()
+    places = [i for i, line in enumerate(lines) if (m := LINE.match(line)) and m.group(1) == name]
+    if places:
+        lines[places[-1]] = f"{name}={value}"
+    else:
+        if comment:
+            lines += ["", f"# {comment}"]
+        lines.append(f"{name}={value}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes through a temporary file of mode 0600 in the same directory, then renames."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            os.fchown(descriptor, 0, 0)
+            handle.write(text)
+            handle.flush()
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

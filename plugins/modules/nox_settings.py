@@ -98,11 +98,9 @@ token:
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +108,10 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import (
     LINE,
     TOKEN_MIN_LENGTH,
+    assign,
     parse_settings,
     token_state,
+    write_private,
 )
 
 TOKEN = "NOX_API_TOKEN"
@@ -153,19 +153,6 @@ def set_aside_unusable(text: str, patterns: dict[str, str]) -> tuple[str, list[s
     return "".join(f"{line}\n" for line in kept), problems
 
 
-def assign(text: str, name: str, value: str, comment: str) -> str:
-    """Sets a key where it stands (its last assignment counts), or adds it at the end."""
-    lines = text.splitlines()
-    places = [i for i, line in enumerate(lines) if (m := LINE.match(line)) and m.group(1) == name]
-    if places:
-        lines[places[-1]] = f"{name}={value}"
-    else:
-        if comment:
-            lines += ["", f"# {comment}"]
-        lines.append(f"{name}={value}")
-    return "".join(f"{line}\n" for line in lines)
-
-
 def merge(
     present: dict[str, str], recorded: dict[str, str], wanted: dict[str, str], force: bool
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -198,22 +185,6 @@ def recovered(lost: dict[str, str], patterns: dict[str, str]) -> dict[str, str]:
     if token and token_state(token) == "ok":
         found[TOKEN] = token
     return found
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes through a temporary file of mode 0600 in the same directory, then renames."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            os.fchown(descriptor, 0, 0)
-            handle.write(text)
-            handle.flush()
-            os.fsync(descriptor)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def is_private(path: Path) -> bool:
