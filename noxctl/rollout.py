@@ -392,16 +392,18 @@ class Rollout:
     def _roll_back(self, title: str, hosts: list[str]) -> None:
         """Take hosts back to the release each had before; those that had none are left as they are, and said so."""
         rows = self._journal.hosts(self.run)
-        groups: dict[str, list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = {}
         for host in hosts:
             release = rows[host]["before"].get("release", "")
             if not release or release in self._plan.releases:
                 self._journal.note(self.run, f"{host}: there is no release to go back to")
                 continue
-            groups.setdefault(release, []).append(host)
+            left = rows[host]["after"].get("release", "") if rows[host]["state"] == "failed" else ""
+            groups.setdefault((release, left), []).append(host)
         self._edge(f"{title}: out of the edge", drain=hosts)
-        for release, names in groups.items():
-            ends = self._play("rollback.yml", f"{title} ({release})", names, {"nox_release_back_to": release})
+        for (release, left), names in groups.items():
+            variables = {"nox_release_back_to": release, "nox_release_failed": left}
+            ends = self._play("rollback.yml", f"{title} ({release})", names, variables)
             for host in names:
                 end = ends.get(host, End(host, unreachable=1, error="unreachable"))
                 error = rows[host]["error"] or "taken back with the others"

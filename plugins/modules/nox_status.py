@@ -87,7 +87,7 @@ def releases() -> dict[str, Any]:
     entries = read_json(ROOT / "manifest.json")
     entries = entries if isinstance(entries, list) else []
     mine: dict[str, Any] = next((one for one in reversed(entries) if one.get("release") == current), {})
-    healthy = next((one["release"] for one in reversed(entries) if one.get("healthy")), "")
+    healthy = next((one["release"] for one in reversed(entries) if one.get("healthy") and not one.get("failed")), "")
     return {
         "release": current,
         "version": current.rpartition("-")[0],
