@@ -1,6 +1,6 @@
 """``make test``: every proof of the project, step by step, with a table at the end.
 
-    python tests/run.py [lint] [unit] [molecule] [matrix] [--list]
+    python tests/run.py [lint] [unit] [molecule] [container] [matrix] [--list]
 
 A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all that could run
 passed, 1 something failed, 2 usage.
@@ -60,8 +60,9 @@ def ruff() -> None:
 
 
 def mypy() -> None:
-    run("mypy", "lab", "tests/run.py", "tests/hostile")
-    run("mypy", "roles/nox_tools/files/nox-debug")
+    run("mypy", "lab", "tests/run.py", "tests/container_deployment.py", "tests/hostile")
+    for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
+        run("mypy", script)
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
     run("mypy", "--config-file", ROOT / "pyproject.toml", *modules, cwd=ROOT / ".collections")
@@ -161,7 +162,7 @@ def unit_app(version: str) -> Callable[[], None]:
         python = app_python(version)
         with tempfile.TemporaryDirectory(prefix="app-", dir=test_home()) as place:
             if os.geteuid() == 0 and not reachable(app / "pyproject.toml"):
-                os.chmod(place, 0o755)
+                Path(place).chmod(0o755)
                 app = shutil.copytree(ROOT / "app", Path(place) / "app")
             # from app/, whose packages need no installation there
             run(python, "-m", "pytest", "-p", "no:cacheprovider", "tests", cwd=app, environment=app_libraries(version))
@@ -192,6 +193,15 @@ def molecule(scenario: str) -> Callable[[], None]:
     return step
 
 
+def containers() -> None:
+    command = [sys.executable, "tests/container_deployment.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode != 0:
+        raise (CannotRunHere if done.returncode == 3 else Failed)(done.stderr.strip())
+
+
 def damage_matrix() -> None:
     if "matrix" not in sys.argv[1:]:
         raise CannotRunHere(
@@ -217,6 +227,7 @@ STEPS = (
     Step("unit", "control side", unit_control),
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+    Step("container", "container deployment", containers),
     Step("matrix", "molecule: repair", damage_matrix),
 )
 

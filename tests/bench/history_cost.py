@@ -38,7 +38,9 @@ def main(pairs: int) -> None:
             off, on = (statistics.median(times[setting]) for setting in ("off", "on"))
             print(f"{name}: off {off:.2f} ms, on {on:.2f} ms; difference {statistics.median(differences):+.2f} ms")
         kept = services["on"].detail()["history"]
-        print(f"recorded {kept['recorded']}, dropped {kept['dropped']}, {kept['bytes'] / kept['recorded']:.0f} bytes a run")
+        print(
+            f"recorded {kept['recorded']}, dropped {kept['dropped']}, {kept['bytes'] / kept['recorded']:.0f} bytes a run"
+        )
     finally:
         for service in services.values():
             service.stop()
