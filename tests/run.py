@@ -89,9 +89,10 @@ def ruff() -> None:
 def mypy() -> None:
     run("mypy", "lab", "playbooks/drift.py", "docs/generate.py", "docs/pages.py")
     run("mypy", "tests/run.py", "tests/load.py", "tests/collection.py", "tests/guides.py", "tests/acme")
-    run("mypy", "tests/hostile", "tests/bench")
+    run("mypy", "tests/hostile", "tests/bench", "tests/container_deployment.py")
     run("mypy", "--python-version=3.11", "noxctl")
-    run("mypy", "roles/nox_tools/files/nox-debug")
+    for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
+        run("mypy", script)
     run("mypy", "roles/nox_tools/files/nox-monitor")
     modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
     run("mypy", "--config-file", ROOT / "pyproject.toml", *modules, cwd=ROOT / ".collections")
@@ -247,30 +248,32 @@ def molecule(scenario: str) -> Callable[[], None]:
     return step
 
 
-def hostile(kind: str, *options: str) -> Callable[[], None]:
+def program(*words: str, cannot: int, why: str, lab: bool = True) -> Callable[[], None]:
+    """A test that is a program, and brings up and takes down what it needs; its exit code `cannot` says it can't here."""
+
     def step() -> None:
-        command = (sys.executable, "-m", "tests.hostile.lab", "--kind", kind, *options)
-        status = status_of(*command)
-        if status == 4:
-            raise CannotRunHere(f"this machine cannot host lab hosts of the kind {kind}, see above")
+        if lab:
+            require_lab()
+        status = status_of(sys.executable, *words)
+        if status == cannot:
+            raise CannotRunHere(why)
         if status != 0:
-            raise Failed(f"status {status}: {' '.join(command)}")
+            raise Failed(f"status {status}: python {' '.join(words)}")
 
     return step
 
 
 def on_lab_hosts(module: str) -> Callable[[], None]:
-    """A test that brings up, and takes down, a lab of its own; its exit code 4 says that it can't run here and why."""
+    return program("-m", module, cannot=4, why="a demo or lab of that name is up: its last line says how to end it")
 
-    def step() -> None:
-        require_lab()
-        status = status_of(sys.executable, "-m", module)
-        if status == 4:
-            raise CannotRunHere("a demo or lab of that name is up: its last line says how to end it")
-        if status != 0:
-            raise Failed(f"status {status}: python -m {module}")
 
-    return step
+def hostile(kind: str, *options: str) -> Callable[[], None]:
+    words = ("-m", "tests.hostile.lab", "--kind", kind, *options)
+    return program(*words, cannot=4, why=f"this machine can't have lab hosts of the kind {kind}, see above")
+
+
+def containers() -> Callable[[], None]:
+    return program("tests/container_deployment.py", cannot=3, why="its last line says why", lab=False)
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,7 @@ STEPS = (
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
+    Step("container", "container deployment", containers()),
     Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
     Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),

@@ -324,15 +324,15 @@ def test_off_unless_asked_for(own: Callable[..., Service]) -> None:
     assert nox.front is not None
     nox.write_settings(NOX_HISTORY="on")
     nox.front.send_signal(signal.SIGHUP)
-    wait_for(lambda: "history" in nox.detail(), "the reload")
+    wait_for(lambda: "history" in nox.detail(), "the reload", 60)
     later = nox.python("pass")
     with nox.client() as client:
         runs = client.get("/history").json()["runs"]
     assert [run["run_id"] for run in runs] == [later["run_id"]]
     nox.write_settings(NOX_HISTORY="off")
     nox.front.send_signal(signal.SIGHUP)
-    wait_for(lambda: "history" not in nox.detail(), "the reload")
-    wait_for(lambda: not list(running("nox_api.history", str(nox.history))), "the writer's end")
+    wait_for(lambda: "history" not in nox.detail(), "the reload", 60)
+    wait_for(lambda: not list(running("nox_api.history", str(nox.history))), "the writer's end", 60)
 
 
 def test_runs_go_on_without_the_writer(own: Callable[..., Service]) -> None:
@@ -340,7 +340,7 @@ def test_runs_go_on_without_the_writer(own: Callable[..., Service]) -> None:
     nox.python("pass")
     (writer,) = running("nox_api.history", str(nox.history))
     os.kill(writer, signal.SIGKILL)
-    wait_for(lambda: nox.detail()["history"].get("failed"), "word of the writer's end")
+    wait_for(lambda: nox.detail()["history"].get("failed"), "word of the writer's end", 60)
     assert nox.python("print(1)")["stdout"] == "1\n"
     # It is started again, after a while.
     wait_for(lambda: nox.python("pass") and "failed" not in nox.detail()["history"], "a new writer")
@@ -358,7 +358,7 @@ def test_an_unusable_place_is_told(own: Callable[..., Service]) -> None:
     nox.history.write_text("not a directory")
     nox.start()
     assert nox.python("print(1)")["stdout"] == "1\n"
-    wait_for(lambda: nox.detail()["history"].get("failed"), "the reason")
+    wait_for(lambda: nox.detail()["history"].get("failed"), "the reason", 60)
     with nox.client() as client:
         response = client.get("/history")
         assert response.status_code == 503 and str(nox.history) in response.json()["detail"]
@@ -373,11 +373,12 @@ def test_a_slow_writer_blocks_nobody(own: Callable[..., Service]) -> None:
         long = "#" * (6 << 20)
         for _ in range(6):
             nox.shell(long)
-        wait_for(lambda: nox.detail()["history"]["dropped"] >= 1, "the overflow")
+        wait_for(lambda: nox.detail()["history"]["dropped"] >= 1, "the overflow", 60)
     finally:
         os.kill(writer, signal.SIGCONT)
     wait_for(
         lambda: (found := nox.detail()["history"])["recorded"] + found["dropped"] == 6,
         "the rest to be written",
+        60,
     )
     assert nox.detail()["history"]["recorded"] >= 2

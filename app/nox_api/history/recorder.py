@@ -240,10 +240,11 @@ class _Writer:
             writer.transport.abort()
             await asyncio.gather(feeding, return_exceptions=True)
             await asyncio.to_thread(self._process.wait)
+            self._recorder.ended(self, self._handed)
+            reason = self._recorder.failed or "its writer ended"
             for question in self._questions.values():
                 if not question.done():
-                    question.set_exception(HistoryUnavailableError("its writer ended"))
-            self._recorder.ended(self, self._handed)
+                    question.set_exception(HistoryUnavailableError(reason))
 
     async def _feed(self, writer: asyncio.StreamWriter) -> None:
         while True:

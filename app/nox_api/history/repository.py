@@ -45,7 +45,7 @@ _BRANCH = Ref(b"refs/heads/main")
 _AUTHOR = b"Nox API <nox-api@localhost>"
 _FILE, _DIRECTORY = 0o100644, 0o040000
 _CONFIG = (
-    "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = true\n[gc]\n\tauto = 0\n"
+    "[core]\n  repositoryformatversion = 0\n  filemode = true\n  bare = true\n[gc]\n  auto = 0\n"
 )
 _SUFFIX = {"python": "py", "sh": "sh"}
 
