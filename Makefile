@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule matrix install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ unit: setup ## only the unit tests, of the control side and of the service
 
 molecule: setup ## only the Molecule scenarios, on lab hosts
 	@$(BIN)/python tests/run.py molecule
+
+matrix: setup ## the whole damage matrix: every damage to an installed host, done and mended
+	@$(BIN)/python tests/run.py matrix
 
 install: setup ## install Nox on this machine (Ubuntu 22.04 or a relative; root or sudo)
 	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml

@@ -2,9 +2,10 @@
 
     python tests/run.py [GROUP ...] [--jobs N] [--list]
 
-Two steps run at a time where there are two cores: much of a scenario is waiting. A step's output is printed whole when it
-ends badly, else its last lines; .run/logs has all of it. A step that can't run here is named with its reason; it never
-passes silently. Exit codes: 0 all that could run passed, 1 something failed, 2 usage.
+Without a group all are run but those of `ON_REQUEST`, which are named with the command that runs them. Two steps run at a time
+where there are two cores: much of a scenario is waiting. A step's output is printed whole when it ends badly, else its last
+lines; .run/logs has all of it. A step that can't run here is named with its reason; it never passes silently. Exit codes: 0 all
+that could run passed, 1 something failed, 2 usage.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
 YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
-MOLECULE_SCENARIOS = ("repair", "fleet", "default", "nginx")  # the longest first
+MOLECULE_SCENARIOS = ("default", "nginx")
+ON_REQUEST = {"matrix": "make matrix, a quarter of an hour"}  # group → how to have it
 LAST_LINES = 12  # of a step that passed
 ENVIRONMENT = {
     **os.environ,
@@ -236,11 +238,11 @@ def require_lab() -> None:
         raise CannotRunHere((check.stdout + check.stderr).strip())
 
 
-def molecule(scenario: str) -> Callable[[], None]:
+def molecule(scenario: str, **environment: str) -> Callable[[], None]:
     def step() -> None:
         require_lab()
         try:
-            run("molecule", "test", "--scenario-name", scenario)
+            run("molecule", "test", "--scenario-name", scenario, environment=environment)
         finally:
             # a scenario that died half-way has not destroyed its hosts
             run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}")
@@ -296,6 +298,8 @@ STEPS = (
     *(Step("unit", f"service on Python {version}", unit_app(version)) for version in TARGET_PYTHONS),
     *(Step("unit", f"zygote on Python {version}", zygote_on(version)) for version in YOUNG_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
+    Step("molecule", "molecule: repair, a part", molecule("repair", NOX_MATRIX_EVERY="4", NOX_MATRIX_PAIRS="4")),
+    Step("fleet", "molecule: fleet", molecule("fleet")),
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
@@ -303,6 +307,7 @@ STEPS = (
     Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
     Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
+    Step("matrix", "molecule: repair, the whole", molecule("repair")),
 )
 
 

@@ -885,7 +885,8 @@ def owners_of(findings: list[Finding]) -> list[str]:
 def down_units(findings: list[Finding]) -> list[str]:
     """Units to start, in the order of an install, of roles that need not run for anything else."""
     left_out = set(ROLES) - set(owners_of(findings))
-    units = [one.what for one in findings if one.id in ONLY_DOWN and one.owner in left_out]
+    ids = ("unit.failed", "unit.inactive", "unit.disabled", "unit.masked", "unit.reload")  # the others are up
+    units = [one.what for one in findings if one.id in ids and one.owner in left_out]
     return sorted(set(units), key=lambda name: NOX_UNITS.index(name) if name in NOX_UNITS else len(NOX_UNITS))
 
 

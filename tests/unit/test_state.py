@@ -168,6 +168,8 @@ def test_what_is_only_down_is_started_without_its_role() -> None:
     ]
     assert nox_state.owners_of(found) == ["nox_proxy"]
     assert nox_state.down_units(found) == ["nox-runner.socket", "nox-api.service"]
+    stale = nox_state.Finding("proxy.stale", "nox_proxy", "caddy.service", "a", "b")
+    assert (nox_state.owners_of([stale]), nox_state.down_units([stale])) == ([], [])
     missing = nox_state.Finding("record.missing", "all", "/x", "a record", "nothing")
     assert nox_state.down_units([*found, missing]) == []
 

@@ -22,6 +22,7 @@ INVENTORY = Path(os.environ["NOX_INVENTORY"])
 PROJECT = Path(os.environ["ANSIBLE_CONFIG"]).parent
 # In the environment, so that all processes choose the same pairs.
 SEED = int(os.environ.setdefault("NOX_MATRIX_SEED", str(random.SystemRandom().randrange(10**6))))
+EVERY = int(os.environ.get("NOX_MATRIX_EVERY", "1"))  # every so-manieth damage alone
 PAIRS = int(os.environ.get("NOX_MATRIX_PAIRS", "20"))
 
 
@@ -98,7 +99,8 @@ def host(site: Site) -> Any:
 
 
 def pytest_report_header() -> str:
-    return f"random pairs: {PAIRS}, seed {SEED} (NOX_MATRIX_PAIRS, NOX_MATRIX_SEED)"
+    part = f"every {EVERY}th damage (NOX_MATRIX_EVERY), " if EVERY > 1 else ""
+    return f"{part}random pairs: {PAIRS}, seed {SEED} (NOX_MATRIX_PAIRS, NOX_MATRIX_SEED)"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -113,5 +115,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for failed, name, findings, by, seconds in sorted(rows, key=lambda row: row[5] if len(row) > 5 else 0):
         write(f"{name:{width}}  {seconds:7.1f}  {'FAILED ' if failed else ''}{findings} → {by}")
     times = sorted(row[4] for row in rows)
-    write(f"damages: {len(rows)}, seed of the pairs {SEED}")
+    part = f", of single ones every {EVERY}th (all: make matrix)" if EVERY > 1 else ""
+    write(f"damages: {len(rows)}{part}; seed of the pairs {SEED}")
     write(f"damage to healthy, median: {times[len(times) // 2]:.1f} s, longest: {times[-1]:.1f} s")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import PAIRS, SEED, Ran, Site
+from conftest import EVERY, PAIRS, SEED, Ran, Site
 from damages import DAMAGES, Damage
 
 RECORD = "/var/lib/nox/state.json"
@@ -19,17 +19,16 @@ PUT_MARKS = (
     "echo kept > /home/nox/nox/sandbox/kept.txt && chown nox:nox /home/nox/nox/sandbox/kept.txt && "
     f"echo '{MARK}' >> /var/log/nox-api/nox-api.log"
 )
+# What it says, however it is written.
+HISTORY = "python3 -m json.tool --sort-keys /opt/nox/manifest.json | sha256sum | cut -d ' ' -f 1"
 # The sandbox that a damage has moved away is put back as its operator would.
 EVIDENCE = (
     "test ! -e /root/sandbox-before || { mv /root/sandbox-before/* /home/nox/nox/sandbox/; rm -r /root/sandbox-before; }; "
     "sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; cat /home/nox/nox/sandbox/kept.txt; "
     f"grep -hcF '{MARK}' /var/log/nox-api/nox-api.log /var/log/nox-api/nox-api.log.1 | paste -sd+; "
-    "sha256sum < /opt/nox/manifest.json"
+    f"{HISTORY}"
 )
-KNOWN = (
-    "basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; "
-    "sha256sum < /opt/nox/manifest.json | cut -d ' ' -f 1"
-)
+KNOWN = f"basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; {HISTORY}"
 BROKEN: list[bool] = []  # not empty while a test is on its way, or has failed
 # The damages that can't be told apart, or are no damage, once another one is done.
 TOO_LARGE = {
@@ -100,7 +99,7 @@ def proven(host: Any, site: Site, names: dict[str, str], logs: bool) -> Ran:
     token, kept, marks, history = host.check_output(EVIDENCE).splitlines()
     assert token == names["token"], "the token survives"
     assert kept == "kept", "the sandbox survives"
-    assert history.split()[0] == names["history"], "the history of releases survives"
+    assert history == names["history"], "the history of releases survives"
     lines = sum(map(int, marks.split("+")))
     assert not logs or lines > 0, "the logs survive"
     return repaired
@@ -122,7 +121,7 @@ def sound(host: Any, site: Site, names: dict[str, str]) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("one", DAMAGES, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", DAMAGES[::EVERY], ids=lambda one: one.name)
 def test_damage(host: Any, site: Site, names: dict[str, str], one: Damage, record_property: Note) -> None:
     begun = time.time()
     expected = damage(host, one, names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from testinfra.utils.ansible_runner import AnsibleRunner
 
 INVENTORY = Path(os.environ["NOX_INVENTORY"])
 PROXY = {"default": "caddy", "nginx": "nginx", "repair": "caddy"}[os.environ["MOLECULE_SCENARIO_NAME"]]
@@ -25,10 +25,8 @@ Client = Callable[..., tuple[int, dict[str, str], Any]]
 @pytest.fixture(scope="session")
 def addresses() -> dict[str, str]:
     """Host → address of this scenario's lab."""
-    done = subprocess.run(
-        ["ansible-inventory", "-i", str(INVENTORY), "--list"], capture_output=True, check=True, text=True
-    )
-    hosts = json.loads(done.stdout)["_meta"]["hostvars"]
+    # testinfra has asked ansible-inventory already
+    hosts = AnsibleRunner.get_runner(str(INVENTORY)).inventory["_meta"]["hostvars"]
     return {name: values["ansible_host"] for name, values in hosts.items()}
 
 
