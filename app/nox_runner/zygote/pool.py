@@ -75,7 +75,7 @@ class Hatchling:
         return bool(poll.poll(0))
 
     def is_sealed(self, patience: float) -> bool:
-        """Whether its init tells, within `patience` seconds, that it has given up its privileges."""
+        """Whether its init tells within `patience` s that it has given up its privileges."""
         poll = select.poll()
         poll.register(self.report, select.POLLIN)
         return bool(poll.poll(patience * 1000)) and os.read(self.report, 1) == child.SEALED
