@@ -58,7 +58,7 @@ def why_not() -> str:
         return f"bubblewrap does not work here: {trial.stderr.strip()}"
     trial = subprocess.run(
         as_user(sys.executable, "-c", "import fastapi, uvicorn"),
-        capture_output=True, text=True, timeout=20, env=environment(), cwd=APP,
+        capture_output=True, text=True, timeout=120, env=environment(), cwd=APP,
     )  # fmt: skip
     if trial.returncode != 0:
         return f"{USER} cannot use {sys.executable}: {trial.stderr.strip()[-200:]}"

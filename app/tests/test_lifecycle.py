@@ -25,12 +25,12 @@ Make = Callable[..., Service]
 def test_a_full_queue(own: Make) -> None:
     nox = own(NOX_SLOTS=1, NOX_QUEUE=2).start()
     with ThreadPoolExecutor(12) as pool, nox.client() as client:
-        body = {"cmd": "sleep 0.3"}
+        body = {"cmd": "sleep 2"}
         answers = [pool.submit(client.post, "/run_sh", json=body) for _ in range(12)]
         slowest = 0.0
         while not all(answer.done() for answer in answers):
             started = time.monotonic()
-            assert httpx.get(f"{nox.url}/health").status_code == 200
+            assert client.get("/health").status_code == 200
             slowest = max(slowest, time.monotonic() - started)
         results = [answer.result() for answer in answers]
     statuses = [result.status_code for result in results]
@@ -39,7 +39,7 @@ def test_a_full_queue(own: Make) -> None:
     full = next(result for result in results if result.status_code == 429)
     assert 1 <= int(full.headers["retry-after"]) <= 20
     assert full.headers["content-type"] == "application/problem+json"
-    assert slowest < 0.5
+    assert slowest < 2  # it waited for no run
     assert nox.detail()["slots"]["used"] == 0
 
 

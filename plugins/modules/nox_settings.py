@@ -324,7 +324,8 @@ def main() -> None:
         settings=values,
         kept=kept,
         token=token_is,
-        restart_needed=changed and any(present.get(name) != values.get(name) for name in ("NOX_BIND_ADDR", "NOX_PORT")),
+        restart_needed=changed
+        and any(present.get(name) != values.get(name) for name in ("NOX_BIND_ADDR", "NOX_PORT", "NOX_BACKEND")),
     )
 
 

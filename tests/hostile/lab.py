@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.hostile.__main__ import Verdict
+from tests.hostile.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("zygote", "bubblewrap")
@@ -40,6 +41,10 @@ def main() -> int:
             for backend in options.backend or BACKENDS:
                 settings = {"nox_backend": backend, **({"nox_memory": options.memory} if options.memory else {})}
                 with installed(lab, inventory, settings, options.kind, options.suite, stays=True) as nox:
+                    url, token, ca = nox
+                    served = Target(url, token.read_text(), str(ca)).health()["runner"]["backend"]
+                    if served != backend:
+                        raise RuntimeError(f"{backend} was installed, {served} serves")
                     verdicts[backend] = attack(lab, *nox, options.case)
         except NotPossibleError as reason:
             print(reason, file=sys.stderr)

@@ -74,6 +74,12 @@ class Hatchling:
         poll.register(self.handle, select.POLLIN)
         return bool(poll.poll(0))
 
+    def is_sealed(self, patience: float) -> bool:
+        """Whether its init tells within `patience` s that it has given up its privileges."""
+        poll = select.poll()
+        poll.register(self.report, select.POLLIN)
+        return bool(poll.poll(patience * 1000)) and os.read(self.report, 1) == child.SEALED
+
     def kill(self) -> None:
         """End all of its processes; returns at once."""
         with suppress(ProcessLookupError):
@@ -284,7 +290,7 @@ class Pool:
     def _greet(self, hatchling: Hatchling) -> None:
         hatchling.job.settimeout(_HATCH_SECONDS)
         hatchling.pid, hatchling.spent_us = _greeting(hatchling.job)
-        if os.read(hatchling.report, 1) != child.SEALED:
+        if not hatchling.is_sealed(_HATCH_SECONDS):
             raise OSError("the init of a sandbox ended before it was ready")
         assert self._made_for is not None
         resource_limits.apply_ahead(hatchling.pid, self._made_for.limits)
