@@ -299,6 +299,7 @@ STEPS = (
     *(Step("unit", f"zygote on Python {version}", zygote_on(version)) for version in YOUNG_PYTHONS),
     *(Step("molecule", f"molecule: {name}", molecule(name)) for name in MOLECULE_SCENARIOS),
     Step("molecule", "molecule: repair, a part", molecule("repair", NOX_MATRIX_EVERY="4", NOX_MATRIX_PAIRS="4")),
+    Step("lifecycle", "molecule: lifecycle", molecule("lifecycle")),
     Step("fleet", "molecule: fleet", molecule("fleet")),
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),

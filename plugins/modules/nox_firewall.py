@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.brought import remember
 
 DEFAULTS = Path("/etc/default/ufw")
 STATE = Path("/etc/ufw/ufw.conf")
@@ -163,6 +164,7 @@ def main() -> None:
             rc, out, err = module.run_command(["ufw", *action])
             if rc != 0:
                 module.fail_json(msg=f"ufw {' '.join(action)}: {(err or out).strip()}. See: sudo ufw status verbose")
+        remember("ufw", [" ".join(action) for action in actions if action != ["reload"]])
         if not kernel_ok():
             _, state, _ = module.run_command(["iptables", "-S"])
             module.fail_json(

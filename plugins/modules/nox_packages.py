@@ -8,6 +8,7 @@ DOCUMENTATION = r"""
 module: nox_packages
 short_description: Installs missing Debian or Ubuntu packages
 description:
+  - What was installed, dependencies included, is remembered for uninstall.
   - Asks dpkg what is missing and installs just that, in one apt transaction.
   - Unlike M(ansible.builtin.apt) it needs no python3-apt on the host, so check mode tells the truth on an untouched
     minimal server too; there apt itself is asked what it would install.
@@ -50,6 +51,7 @@ import re
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.brought import remember
 
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
@@ -57,6 +59,11 @@ ENVIRONMENT = {
     "NEEDRESTART_MODE": "l",
     "TMPDIR": "/tmp",  # noqa: S108  repair's own is /run, where packages may not execute their questions
 }
+
+
+def installed_packages(module: AnsibleModule) -> set[str]:
+    _, out, _ = module.run_command(["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n"])
+    return {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
 
 
 def missing_packages(module: AnsibleModule, names: list[str]) -> list[str]:
@@ -126,6 +133,7 @@ def main() -> None:
     if module.check_mode:
         module.exit_json(**result)
 
+    before = installed_packages(module)
     rc, _, err = install(module, missing, simulate=False)
     if rc != 0:
         # lists that point at files the mirror no longer has
@@ -133,6 +141,7 @@ def main() -> None:
         rc, _, err = install(module, missing, simulate=False)
     if rc != 0 or missing_packages(module, missing):
         fail(module, missing, err)
+    remember("packages", sorted(installed_packages(module) - before))
     module.exit_json(**result)
 
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Nox's roles brought to a host that wasn't theirs alone: packages, firewall rules. Uninstall goes by it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PATH = Path("/var/lib/nox/brought.json")
+
+
+def read() -> dict[str, Any]:
+    """Empty where nothing is recorded."""
+    try:
+        found = json.loads(PATH.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def remember(name: str, things: list[str]) -> None:
+    """Adds to the record; what is there stays, in its order."""
+    found = read()
+    found[name] = list(dict.fromkeys([*found.get(name, []), *things]))
+    PATH.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = PATH.with_name(f".{PATH.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+        handle.write(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    temporary.replace(PATH)
