@@ -148,6 +148,7 @@ def restore_firewall(host: Host, record: dict[str, list[str]], going: set[str]) 
     if switched_on:
         host.run("ufw", "--force", "disable")
     if "ufw" in going:
+        drop_chains(host)
         return
     ssh = {"22/tcp", *(f"{port}/tcp" for port in ssh_ports(host))}
     for action in done:
@@ -158,6 +159,18 @@ def restore_firewall(host: Host, record: dict[str, list[str]], going: set[str]) 
             host.kept.append(f"ufw {action}: it lets ssh in")
         else:
             host.run("ufw", "--force", "delete", "allow", rule)
+
+
+def drop_chains(host: Host) -> None:
+    """A UFW that is switched off leaves its chains in the kernel, empty; they would stay until the next start."""
+    for family in ("iptables", "ip6tables"):
+        rules = host.ask(f"{family}-save")
+        rest = "".join(line for line in rules.splitlines(keepends=True) if "ufw" not in line)
+        if rest == rules:
+            continue
+        host.actions.append(f"remove UFW's chains from {family}")
+        if not host.module.check_mode:
+            host.module.run_command([f"{family}-restore"], data=rest, check_rc=True)
 
 
 def ssh_ports(host: Host) -> list[str]:
@@ -181,15 +194,26 @@ def removable(host: Host, record: dict[str, list[str]]) -> list[str]:
     if marked:
         host.module.run_command(["apt-mark", "auto", *marked])
     try:
-        out = host.ask("apt-get", "--simulate", "-q", "autoremove", "--purge")
+        # What others only recommend or suggest was not there before Nox, either; unless its removal takes others along.
+        going = unneeded(host, came, strict=False)
+        if set(purged(host.ask("apt-get", "--simulate", "-q", "purge", *going))) - set(going):
+            going = unneeded(host, came, strict=True)
     finally:
         if marked:
             host.module.run_command(["apt-mark", "manual", *marked])
-    unneeded = set(re.findall(r"(?m)^Purg (\S+)", out))
-    for name in came:
-        if name not in unneeded:
-            host.kept.append(f"package {name}: something else needs it")
-    return [name for name in came if name in unneeded]
+    host.kept += [f"package {name}: something else needs it" for name in came if name not in going]
+    return going
+
+
+def unneeded(host: Host, came: list[str], strict: bool) -> list[str]:
+    options = [f"APT::AutoRemove::{kind}Important={str(strict).lower()}" for kind in ("Recommends", "Suggests")]
+    words = [word for option in options for word in ("-o", option)]
+    found = set(purged(host.ask("apt-get", "--simulate", "-q", "autoremove", "--purge", *words)))
+    return [name for name in came if name in found]
+
+
+def purged(plan: str) -> list[str]:
+    return re.findall(r"(?m)^(?:Purg|Remv) (\S+)", plan)
 
 
 def remove_accounts(host: Host, names: list[str]) -> None:
