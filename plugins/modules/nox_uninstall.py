@@ -216,6 +216,29 @@ def purged(plan: str) -> list[str]:
     return re.findall(r"(?m)^(?:Purg|Remv) (\S+)", plan)
 
 
+def remove_unowned(host: Host, path: str) -> None:
+    """What no package claims now: another one may have its files there, as sshd has in /etc/ufw."""
+    if host.module.check_mode or not os.path.lexists(path):
+        return
+    owned = set(re.findall(r"(?m)^[^/]*: (/.*)$", host.ask("dpkg-query", "--search", path, f"{path}/*")))
+    for place, directories, files in os.walk(path, topdown=False):
+        for name in [*files, *directories]:
+            one = Path(place, name)
+            if str(one) in owned:
+                continue
+            if one.is_dir() and not one.is_symlink():
+                if not any(one.iterdir()):
+                    one.rmdir()
+            else:
+                one.unlink()
+    if path not in owned:
+        host.actions.append(f"remove what is left in {path}")
+        if Path(path).is_dir() and not any(Path(path).iterdir()):
+            Path(path).rmdir()
+        elif Path(path).is_file():
+            Path(path).unlink()
+
+
 def remove_accounts(host: Host, names: list[str]) -> None:
     for name in names:
         try:
@@ -288,7 +311,7 @@ def main() -> None:
         for package, (paths, account) in LEFT_BY_PACKAGES.items():
             if package in going:
                 for path in paths:
-                    host.remove(path)
+                    remove_unowned(host, path)
                 remove_accounts(host, [account] if account else [])
     if host.actions:
         host.run("systemctl", "daemon-reload")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import INVENTORIES, INVENTORY, PROJECT, Nox, Poll, load, play
 
+INSTALLED: list[str] = []  # the releases before the first upgrade
+
 
 def lost(counts: list[dict[str, Any]]) -> list[str]:
     assert all(count["requests"] > 20 for count in counts)
@@ -46,11 +48,11 @@ def test_the_address_follows_the_settings(noxes: list[Nox]) -> None:
 
 def test_a_good_release(noxes: list[Nox], tree: Any) -> None:
     source = tree("good", "pyproject.toml", 'version = "0.', 'version = "1.')
-    old = [one.release() for one in noxes]
+    INSTALLED[:] = [one.release() for one in noxes]
     with load(noxes, "upgrade") as counts:
         play("upgrade", nox_release_source=source)
     assert lost(counts) == []
-    for one, before in zip(noxes, old, strict=True):
+    for one, before in zip(noxes, INSTALLED, strict=True):
         assert one.release().startswith("1.") and one.release() != before
         assert one.manifest()[-1]["healthy"]
     assert play("upgrade", nox_release_source=source).count("changed=0") == 2
@@ -102,7 +104,6 @@ def test_an_archive_damaged_on_the_way_is_refused(noxes: list[Nox]) -> None:
 
 
 def test_rollback(noxes: list[Nox]) -> None:
-    first = [one.manifest()[0]["release"] for one in noxes]
     # The way back is the record's, not that of the files.
     for one in noxes:
         one.run(
@@ -111,7 +112,7 @@ def test_rollback(noxes: list[Nox]) -> None:
     with load(noxes, "rollback") as counts:
         play("rollback")
     assert lost(counts) == []
-    assert [one.release() for one in noxes] == first
+    assert [one.release() for one in noxes] == INSTALLED
     assert "There are: 1." in play("rollback", nox_release_back_to="9.9.9-000000000000", wanted=2)
     assert "is no release" in play("rollback", nox_release_back_to="../x", wanted=2)
 
