@@ -5,8 +5,8 @@ set -euo pipefail
 export LC_ALL=C
 
 find /etc /opt /usr/local /var/lib /var/log /home /root /run/systemd/system -xdev \
-  \( -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/log/journal -o -path /var/log/apt -o -path /root/.ansible \
-  -o -path /var/lib/systemd -o -path /var/lib/ucf -o -path /var/cache \) -prune -o \
+  \( -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/log/journal -o -path /var/log/apt -o -name .ansible \
+  -o -path /var/lib/systemd -o -path /var/lib/ucf \) -prune -o \
   ! -name '*-' ! -path /etc/ld.so.cache ! -path '/var/log/dpkg.log' ! -path '/var/log/alternatives.log' \
   ! -path '/var/log/wtmp' ! -path '/var/log/btmp' ! -path '/var/log/lastlog' ! -path '/var/log/faillog' -printf '%p %y %u:%g %m %l\n' | sort
 find /etc /opt /usr/local -xdev -type f ! -name '*-' ! -path /etc/ld.so.cache -exec sha256sum {} + | sort -k 2

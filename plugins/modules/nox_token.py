@@ -48,6 +48,10 @@ until:
   description: When the old token ends, UTC; empty where there is no old one.
   returned: always
   type: str
+reload_needed:
+  description: Whether the service has to read its settings again.
+  returned: always
+  type: bool
 overlap_left:
   description: Seconds until then.
   returned: always
@@ -166,6 +170,7 @@ def main() -> None:
     before = re.sub(r"(?m)^(\s*NOX_API_TOKEN(?:_PREVIOUS)?\s*=).*$", r"\1<hidden, another one>", text)
     module.exit_json(
         changed=new_text != text,
+        reload_needed=new_text != text,
         until=present.get(UNTIL, "") if end else "",
         overlap_left=max(0, math.ceil(end - time.time())) if end not in (0.0, math.inf) else 0,
         diff={"before": before if new_text != text else shown, "after": shown},

@@ -55,6 +55,7 @@ UNITS = ["nox-api.service", "nox-runner.service", "nox-runner.socket"]
 CONFIG = "/etc/default/nox-api"
 LOGS = "/var/log/nox-api"
 HISTORY = "/var/lib/nox-api"
+STEP = Path("/root/.step")
 CADDYFILE = Path("/etc/caddy/Caddyfile")
 IMPORT = re.compile(r"(?m)^import /etc/caddy/sites-enabled/\*\.caddy\n?")
 SITES = {
@@ -313,6 +314,9 @@ def main() -> None:
                 for path in paths:
                     remove_unowned(host, path)
                 remove_accounts(host, [account] if account else [])
+        # Caddy's command makes this in the home of whoever asks it anything; with something in it, it is somebody's.
+        if "caddy" in going and STEP.is_dir() and not any(STEP.iterdir()):
+            host.remove(str(STEP))
     if host.actions:
         host.run("systemctl", "daemon-reload")
         host.run("systemctl", "reset-failed")
