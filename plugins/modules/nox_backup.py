@@ -125,7 +125,9 @@ def make(module: AnsibleModule, path: Path) -> tuple[dict[str, Any], list[str]]:
                 continue
             part = Path(scratch) / name
             part.touch(mode=0o600)
-            words = as_user(user, "tar", "--create", "--ignore-failed-read", f"--directory={directory}", ".")
+            words = as_user(
+                user, "tar", "--create", "--format=posix", "--ignore-failed-read", f"--directory={directory}", "."
+            )
             # tar writes to what root opened for it: the user can't open files here
             skipped += tar(module, ["sh", "-c", 'out=$1; shift; exec "$@" > "$out"', "sh", str(part), *words])
             sources[name] = part
