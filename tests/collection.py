@@ -24,7 +24,7 @@ BELONGS = re.compile(
     r"(?:MANIFEST\.json|FILES\.json|README\.md|CHANGELOG\.md|LICENSE|requirements\.yml"
     r"|meta/runtime\.yml|(?:roles|plugins|playbooks)/.+|docs/.+\.(?:md|svg)"
     r"|app/pyproject\.toml|app/nox_(?:api|runner)/.+\.py|requirements/app[^/]*\.(?:in|lock)|tests/[a-z_]+\.sh"
-    r"|inventory/(?:example|local)/.+)"
+    r"|inventory/(?:example|local)/.+|Dockerfile|container/.+)"
 )
 NEVER = re.compile(r"(?:^|/)(?:\.|__pycache__)|\.(?:pyc|key|pem|retry)$|vault\.yml$")
 
