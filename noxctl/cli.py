@@ -181,6 +181,104 @@ def verb(
 
 verb("install", "install.yml", "Install Nox, or bring hosts to what the inventory says. A second run changes nothing.")
 verb("repair", "repair.yml", "Find what is broken and mend it; a healthy host costs one check.")
+verb(
+    "upgrade",
+    "upgrade.yml",
+    "Install this checkout's release on all hosts at once, each with its own gate and way back. See rollout for waves.",
+)
+verb(
+    "rollback",
+    "rollback.yml",
+    "Go back to the last other release that was recorded as healthy on each host.",
+    question="Go back to the release before?",
+)
+
+
+@app.command("rotate-token", epilog=EXITS)
+def rotate_token(
+    inventory: Inventory, limit: Limit = "",
+    overlap: Annotated[int, typer.Option(min=0, help="Seconds for which the old token is accepted, too.")] = 3600,
+    end: Annotated[bool, typer.Option("--end", help="No new token: the old one ends now.")] = False,
+    extra: Extra = [], vault: Vault = [], forks: Forks = 50, yes: Yes = False, json_wanted: Json = False,  # noqa: B006
+) -> None:  # fmt: skip
+    """Give each host a new token; the old one is accepted beside it for a while.
+
+    Playbook: playbooks/rotate_token.yml
+    """
+    agree("End the old token now?" if end else f"Give the hosts a new token, the old one ending in {overlap} s?", yes)
+    run_verb(
+        "rotate-token", "rotate_token.yml", Options(inventory, limit, forks=forks, extra=extra, vault=vault),
+        json_wanted=json_wanted, variables={"nox_token_overlap": overlap, "nox_token_end": end},
+    )  # fmt: skip
+
+
+@app.command(epilog=EXITS)
+def backup(
+    out: Annotated[Path, typer.Argument(help="The directory for HOST-TIME.tar.gz and its .sha256.", file_okay=False)],
+    inventory: Inventory, limit: Limit = "", vault: Vault = [], forks: Forks = 50, json_wanted: Json = False,  # noqa: B006
+) -> None:  # fmt: skip
+    """Bring home one archive per host with settings, token, release, files and history. It holds secrets.
+
+    Playbook: playbooks/backup.yml
+    """
+    run_verb(
+        "backup", "backup.yml", Options(inventory, limit, forks=forks, vault=vault), json_wanted=json_wanted,
+        variables={"nox_backup_dir": str(out.resolve())},
+    )  # fmt: skip
+
+
+@app.command(epilog=EXITS)
+def restore(
+    file: Annotated[Path, typer.Argument(help="The archive; its .sha256 lies beside it.", exists=True, dir_okay=False)],
+    inventory: Inventory, limit: Annotated[str, typer.Option("--limit", "-l", help="The host to restore.")],
+    over: Annotated[bool, typer.Option("--over", help="Also where Nox is installed.")] = False,
+    vault: Vault = [], yes: Yes = False, json_wanted: Json = False,  # noqa: B006
+) -> None:  # fmt: skip
+    """Make a host the one that was saved.
+
+    Playbook: playbooks/restore.yml
+    """
+    agree(f"Make {limit} what {file.name} holds{', over what is there' if over else ''}?", yes)
+    run_verb(
+        "restore", "restore.yml", Options(inventory, limit, vault=vault), json_wanted=json_wanted,
+        variables={"nox_restore_from": str(file.resolve()), "nox_restore_over": over},
+    )  # fmt: skip
+
+
+@app.command(epilog=EXITS)
+def uninstall(
+    inventory: Inventory, limit: Limit = "", check: Check = False, diff: Diff = False,
+    keep: Annotated[list[str], typer.Option(help="What stays: config, sandbox, logs, history, packages; may be repeated.")] = [],  # noqa: B006
+    vault: Vault = [], forks: Forks = 50, yes: Yes = False, json_wanted: Json = False,  # noqa: B006
+) -> None:  # fmt: skip
+    """Take Nox off hosts; what others have there stays.
+
+    Playbook: playbooks/uninstall.yml
+    """
+    if not check:
+        agree(
+            f"Take Nox off the hosts of {inventory}{', but keep ' + ', '.join(keep) if keep else ', with all its files'}?",
+            yes,
+        )
+    run_verb(
+        "uninstall", "uninstall.yml", Options(inventory, limit, check, diff, forks, vault=vault), json_wanted=json_wanted,
+        variables={"nox_uninstall_confirm": not check, "nox_uninstall_keep": keep},
+    )  # fmt: skip
+
+
+@app.command(epilog=EXITS)
+def support(
+    out: Annotated[Path, typer.Argument(help="The directory for HOST.tar.gz.", file_okay=False)],
+    inventory: Inventory, limit: Limit = "", vault: Vault = [], forks: Forks = 50, json_wanted: Json = False,  # noqa: B006
+) -> None:  # fmt: skip
+    """Bring home logs, states and versions for those who help, secrets struck out. Look into it before you send it.
+
+    Playbook: playbooks/support.yml
+    """
+    run_verb(
+        "support", "support.yml", Options(inventory, limit, forks=forks, vault=vault), json_wanted=json_wanted,
+        variables={"nox_support_dir": str(out.resolve())},
+    )  # fmt: skip
 
 
 @app.command(epilog=EXITS)
