@@ -24,7 +24,7 @@ def honest_afterwards(nox: Service) -> Iterator[None]:
     yield
     result = nox.python("print('honest')")
     assert (result["status"], result["stdout"]) == ("ok", "honest\n")
-    assert result["duration_ms"] < 1000
+    assert result["duration_ms"] < 10_000
 
 
 def test_system_calls_that_no_program_needs(nox: Service) -> None:

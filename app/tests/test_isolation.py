@@ -171,7 +171,7 @@ def test_temporary_space_with_the_bubblewrap_of_ubuntu_22_04(own: Callable[..., 
         code = f"for i in range(4): open('{place}/%d' % i, 'wb').write(bytes(32 << 20))\nwhile 1: 1"
         result = nox.python(code)
         assert (result["status"], result["exit_code"]) == ("memory_limit", None)
-        assert result["duration_ms"] < 2000
+        assert result["duration_ms"] < 10_000
     assert "Read-only" in nox.shell("touch /run/x /x")["stderr"]
     assert nox.python("print(1)")["stdout"] == "1\n"
 

@@ -64,10 +64,10 @@ def test_a_client_that_leaves(own: Make) -> None:
     second.join()
     wait_for(lambda: nox.detail()["queue"]["used"] == 0, "the empty queue")
     first.join()
-    wait_for(lambda: not list(running("sleep", marker)), "the kill", 2)
+    wait_for(lambda: not list(running("sleep", marker)), "the kill")
     started = time.monotonic()
     assert nox.shell("echo next")["stdout"] == "next\n"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
     log = [json.loads(line) for line in nox.front_log().splitlines()]
     assert sum(line.get("status") == 499 for line in log) == 2
     assert "run_cancelled" in nox.runner_log()
@@ -83,14 +83,14 @@ def test_the_runner_lost_and_back(own: Make) -> None:
         nox.runner.kill()
         nox.runner.wait()
         assert lost.result().status_code == 503
-        wait_for(lambda: not list(running("sleep", "27182")), "the end of its run", 2)
+        wait_for(lambda: not list(running("sleep", "27182")), "the end of its run")
         for answer in (client.post("/run_py", json={"code": "1"}), client.get("/files")):
             assert answer.status_code == 503 and answer.headers["retry-after"]
             assert answer.headers["content-type"] == "application/problem+json"
-        wait_for(lambda: client.get("/health").status_code == 503, "bad health", 3)
+        wait_for(lambda: client.get("/health").status_code == 503, "bad health")
         nox.start_runner()
         assert client.post("/run_py", json={"code": "print(1)"}).json()["stdout"] == "1\n"
-        wait_for(lambda: client.get("/health").status_code == 200, "good health", 3)
+        wait_for(lambda: client.get("/health").status_code == 200, "good health")
 
 
 def test_a_sandbox_that_does_not_work_and_recovers(own: Make) -> None:
@@ -105,7 +105,7 @@ def test_a_sandbox_that_does_not_work_and_recovers(own: Make) -> None:
         assert public.status_code == 503 and "trial" not in public.text
         assert client.post("/run_sh", json={"cmd": "true"}).status_code == 503
         nox.sandbox.with_name("away").rename(nox.sandbox)
-        wait_for(lambda: client.get("/health").status_code == 200, "health", 8)
+        wait_for(lambda: client.get("/health").status_code == 200, "health")
     assert nox.shell("true")["status"] == "ok"
 
 
@@ -171,7 +171,7 @@ def test_rotation_loses_no_line(own: Make) -> None:
         ]
         return {line["request_id"] for line in lines if "request_id" in line}
 
-    wait_for(lambda: set(ids) <= logged(), "each line", 2)
+    wait_for(lambda: set(ids) <= logged(), "each line")
     assert len(list(nox.logs.glob("nox-api.log*"))) == 4
 
 
@@ -364,7 +364,7 @@ def test_a_bubblewrap_that_is_missing_and_then_there(own: Make) -> None:
         answer = client.get("/health")
         assert answer.status_code == 503 and str(path) in answer.json()["detail"]
         path.symlink_to("/usr/bin/bwrap")
-        wait_for(lambda: client.get("/health").status_code == 200, "health", 8)
+        wait_for(lambda: client.get("/health").status_code == 200, "health")
 
 
 def test_a_client_that_leaves_a_download(own: Make) -> None:

@@ -153,9 +153,9 @@ def test_a_run_that_exceeds_is_cut_and_costs_only_itself(
                 quota._check()
         os.utime(tmp_path / "new1", (0, 0))
         # As its supervision does, it leaves when it is cut.
-        assert wait_for(lambda: not connection.recv(1), "the cut", 5)
+        assert wait_for(lambda: not connection.recv(1), "the cut")
     assert lease.exceeded
-    wait_for(lambda: not quota._cutting, "the end of the pruning", 5)
+    wait_for(lambda: not quota._cutting, "the end of the pruning")
     assert sorted(os.listdir(tmp_path)) == ["old", "put"]
     with quota.run(connection):
         pass
@@ -168,7 +168,7 @@ def test_what_is_unlinked_but_open_counts(tmp_path: Path, connection: socket.soc
         os.unlink(tmp_path / "hidden")
         with quota.run(connection) as lease:
             file.write(os.urandom(8 * MIB))
-            assert wait_for(lambda: not connection.recv(1), "the cut", 5)
+            assert wait_for(lambda: not connection.recv(1), "the cut")
         assert lease.exceeded
 
 
@@ -180,7 +180,7 @@ def test_a_tree_that_cannot_be_seen_gets_no_benefit(
     monkeypatch.setattr("nox_runner.tree.walk", lambda *_: False)
     with quota.run(connection) as lease:
         (tmp_path / "big").write_bytes(os.urandom(8 * MIB))
-        assert wait_for(lambda: not connection.recv(1), "the cut", 5)
+        assert wait_for(lambda: not connection.recv(1), "the cut")
     assert lease.exceeded
 
 
@@ -246,4 +246,4 @@ def test_a_run_is_killed_before_the_disk_is_hurt(own: Callable[..., Service], co
     assert os.listdir(nox.sandbox) == ["kept"]
     started = time.monotonic()
     assert nox.python("print(6*7)")["stdout"] == "42\n"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10

