@@ -98,10 +98,10 @@ def as_user(user: str, *command: str) -> list[str]:
     return ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--clear-groups", *command]
 
 
-def trees(settings: dict[str, str]) -> dict[str, tuple[str, Path]]:
-    """Part → (user, directory)."""
+def trees(settings: dict[str, str]) -> dict[str, tuple[str, Path, list[str]]]:
+    """Part → (user, directory, what of it). The top of the history is root's, and made by an install."""
     sandbox = Path(settings.get("NOX_SANDBOX") or "/home/nox/nox/sandbox")
-    return {"sandbox.tar": ("nox", sandbox), "history.tar": ("nox-api", HISTORY)}
+    return {"sandbox.tar": ("nox", sandbox, ["."]), "history.tar": ("nox-api", HISTORY, ["objects", "refs"])}
 
 
 def tar(module: AnsibleModule, command: list[str]) -> list[str]:
@@ -120,13 +120,13 @@ def make(module: AnsibleModule, path: Path) -> tuple[dict[str, Any], list[str]]:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="parts-") as scratch:
         sources = {name: source for name, source in FILES.items() if source.exists()}
         sources["release.tar.gz"] = archive
-        for name, (user, directory) in trees(settings).items():
+        for name, (user, directory, members) in trees(settings).items():
             if not directory.is_dir():
                 continue
             part = Path(scratch) / name
             part.touch(mode=0o600)
             words = as_user(
-                user, "tar", "--create", "--format=posix", "--ignore-failed-read", f"--directory={directory}", "."
+                user, "tar", "--create", "--format=posix", "--ignore-failed-read", f"--directory={directory}", *members
             )
             # tar writes to what root opened for it: the user can't open files here
             skipped += tar(module, ["sh", "-c", 'out=$1; shift; exec "$@" > "$out"', "sh", str(part), *words])
@@ -198,16 +198,10 @@ def open_backup(module: AnsibleModule, path: Path, directory: Path) -> dict[str,
 def fill(module: AnsibleModule, directory: Path) -> list[str]:
     settings = parse_settings(CONFIG.read_text(encoding="utf-8", errors="replace"))
     skipped = []
-    for name, (user, target) in trees(settings).items():
+    for name, (user, target, _) in trees(settings).items():
         part = directory / name
         if not part.exists():
             continue
-        if name == "history.tar" and not target.is_dir():
-            if not target.parent.is_dir():
-                skipped.append(f"{target}: this install keeps no history (nox_history)")
-                continue
-            target.mkdir(mode=0o700)
-            shutil.chown(target, user, user)
         words = as_user(user, "tar", "--extract", "--preserve-permissions", f"--directory={target}")
         skipped += tar(module, ["sh", "-c", 'in=$1; shift; exec "$@" < "$in"', "sh", str(part), *words])
     return skipped

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 INVENTORY = Path(os.environ["NOX_INVENTORY"])
 LAB = f"m-{os.environ['MOLECULE_SCENARIO_NAME']}"
 HOSTS = [name for name in os.environ["NOX_HOSTS"].split(",") if not name.startswith("edge")]
-STATE = INVENTORY / "state"
+STATE = INVENTORY / ".state"  # hidden: Ansible reads every other file of an inventory's directory
 TARGET = "3.11 x86_64"
 ENVIRONMENT = {**os.environ, "NOX_STATE_DIR": str(STATE), "COLUMNS": "200"}
 
@@ -144,11 +144,12 @@ def test_a_release_that_crashes_never_reaches_a_second_host(bundles: dict[str, P
     assert [state for host, state in states(result).items() if host != HOSTS[1]] == ["waiting"] * (len(HOSTS) - 1)
     after = fleet()
     assert {one["version"] for one in after.values()} == {"0.2.0"} and all(one["healthy"] for one in after.values())
-    for host in HOSTS:
-        assert ("0.3.0" in on(host, "cat /opt/nox/manifest.json")) == (host == HOSTS[1])
+    # code that can't even be loaded is never switched to
+    assert not [host for host in HOSTS if "0.3.0" in on(host, "cat /opt/nox/manifest.json")]
 
 
-def test_a_release_that_fails_later_goes_back_from_the_gate(bundles: dict[str, Path], load: None) -> None:
+def test_a_release_that_fails_later_goes_back_from_the_gate(bundles: dict[str, Path]) -> None:
+    # Without load: a front that crashes takes the requests with it that it was just answering.
     code, result = rollout(bundles["0.4.0"], "--soak", "30")
     assert (code, result["outcome"]) == (5, "stopped")
     assert states(result)[HOSTS[0]] == "rolled back"

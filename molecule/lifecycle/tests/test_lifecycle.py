@@ -59,7 +59,7 @@ def test_a_good_release(noxes: list[Nox], tree: Any) -> None:
 
 
 def test_a_release_that_cannot_be_loaded_is_not_switched_to(noxes: list[Nox], tree: Any) -> None:
-    source = tree("unloadable", "nox_api/runs.py", "import uuid\n", "import uuid\nimport absent_module\n")
+    source = tree("unloadable", "nox_api/runs.py", "import json\n", "import json\nimport absent_module\n")
     before = [(one.release(), one.services(), one.manifest()) for one in noxes]
     assert "absent_module" in play("upgrade", nox_release_source=source, wanted=2)
     assert [(one.release(), one.services(), one.manifest()) for one in noxes] == before
