@@ -376,9 +376,11 @@ def main(arguments: list[str]) -> int:
     if wanted.list:
         print("\n".join(f"{step.group:9} {step.name}" for step in STEPS))
         return 0
-    outcomes = run_all(
-        [step for step in STEPS if not wanted.groups or step.group in wanted.groups], max(1, wanted.jobs)
-    )
+    chosen = wanted.groups or [group for group in groups if group not in ON_REQUEST]
+    outcomes = run_all([step for step in STEPS if step.group in chosen], max(1, wanted.jobs))
+    for step in STEPS:
+        if step.group in ON_REQUEST and not wanted.groups:
+            outcomes[step.name] = ("not run", 0.0, f"on request: {ON_REQUEST[step.group]}")
     width = max(len(name) for name in outcomes)
     print(f"\n━━ {'step':{width}}  {'outcome':8} seconds")
     for name, (outcome, seconds, reason) in outcomes.items():
