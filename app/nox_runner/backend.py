@@ -67,6 +67,9 @@ class Backend(Protocol):
         `client` is closed before the end, OSError when the host lacks what it takes to start.
         """
 
+    def settle(self) -> None:
+        """To be called after each run, when its answer is out: what could wait is done now."""
+
     def enforced(self, limits: Limits) -> dict[str, str]:
         """By name the limits that hold, and how."""
 

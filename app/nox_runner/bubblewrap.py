@@ -105,6 +105,9 @@ class Bubblewrap:
         finally:
             supervision.close()
 
+    def settle(self) -> None:
+        """See Backend.settle."""
+
     def enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.enforced."""
         enforced = resource_limits.enforced(limits)

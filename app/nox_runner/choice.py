@@ -30,7 +30,7 @@ def choose(command: Command, settings: Callable[[], Settings]) -> Backend:
         log("warning", "no_control_groups", reason=why)
     if wanted == "bubblewrap":
         return Bubblewrap(command, call_filter, groups, why)
-    zygote = Zygote(call_filter, seccomp.init_program(), settings, groups, why)
+    zygote = Zygote(settings, groups, why)
     if wanted == "zygote":
         return zygote
     proof = Proof(zygote, settings)

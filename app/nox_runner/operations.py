@@ -71,7 +71,10 @@ class Service:
         if isinstance(request, protocol.Health):
             connection.sendall(protocol.encode_reply(self._health()))
         elif isinstance(request, protocol.Run):
-            self._run(request, connection)
+            try:
+                self._run(request, connection)
+            finally:
+                self.backend.settle()
         elif isinstance(request, protocol.Put):
             self._put(request, connection)
         elif isinstance(request, protocol.Get):

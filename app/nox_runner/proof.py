@@ -78,6 +78,7 @@ class Proof:
             program = Program("proof", "python", source, None, [expected], {})
             return self._backend.run(program, limits, settings.sandbox, None)
         finally:
+            self._backend.settle()
             os.close(source)
 
 

@@ -25,7 +25,7 @@ import socket
 import struct
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -280,19 +280,21 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 def _header(document: dict[str, Any]) -> bytes:
-    text = json.dumps(
-        {"v": VERSION, **document}, ensure_ascii=False, separators=(",", ":"), default=vars
-    )
-    return frame(text.encode("utf-8"))
+    return frame(_ENCODER.encode({"v": VERSION, **document}).encode("utf-8"))
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
+# Made once: json.dumps and json.loads with options make them for each call.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=vars)
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+
+
 def _document(payload: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(payload, parse_constant=_refuse)
+        document = _DECODER.decode(payload.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ProtocolError("a header that is not JSON") from None
     if not isinstance(document, dict) or document.pop("v", None) != VERSION:
@@ -300,38 +302,55 @@ def _document(payload: bytes) -> dict[str, Any]:
     return document
 
 
-@functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields, by name; to find them out takes half a millisecond."""
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
 def _build(kind: type[Any], document: dict[str, Any]) -> Any:
-    hints = _hints(kind)  # type: ignore[arg-type]
-    if document.keys() != hints.keys():
-        raise ProtocolError(f"{kind.__name__} has the fields {list(hints)}")
-    return kind(**{name: _check(hint, document[name], name) for name, hint in hints.items()})
+    checks = _checks(kind)  # type: ignore[arg-type]
+    if document.keys() != checks.keys():
+        raise ProtocolError(f"{kind.__name__} has the fields {list(checks)}")
+    return kind(**{name: check(document[name], name) for name, check in checks.items()})
 
 
-def _check(hint: Any, value: Any, name: str) -> Any:
-    """`value` if it is what the type `hint` says, with nested dataclasses built."""
+Check = Callable[[Any, str], Any]
+"""Gives a field's value if it has the right type, with nested dataclasses built."""
+
+
+@functools.cache
+def _checks(kind: type[Any]) -> dict[str, Check]:
+    """Of a dataclass, by field. Made once: to look at types takes longer than to check values."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: _check(hints[field.name]) for field in fields(kind)}
+
+
+def _check(hint: Any) -> Check:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        if value is None and type(None) in arguments:
-            return None
-        return _check(next(a for a in arguments if a is not type(None)), value, name)
-    if origin is list and isinstance(value, list):
-        return [_check(arguments[0], item, name) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {_check(str, k, name): _check(arguments[1], v, name) for k, v in value.items()}
-    if origin is Literal and isinstance(value, str) and value in arguments:
-        return value
-    if is_dataclass(hint) and isinstance(value, dict):
-        return _build(typing.cast("type[Any]", hint), value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
+        inner = _check(next(a for a in arguments if a is not type(None)))
+        return lambda value, name: None if value is None else inner(value, name)
+    if origin is list:
+        item = _check(arguments[0])
+        return lambda value, name: [item(each, name) for each in _typed(value, list, name)]
+    if origin is dict:
+        key, item = _check(arguments[0]), _check(arguments[1])
+        return lambda value, name: {
+            key(k, name): item(v, name) for k, v in _typed(value, dict, name).items()
+        }
+    if origin is Literal:
+        return lambda value, name: _one_of(value, arguments, name)
+    if is_dataclass(hint):
+        nested = typing.cast("type[Any]", hint)
+        return lambda value, name: _build(nested, _typed(value, dict, name))
+    if hint is float:
+        return lambda value, name: float(_typed(value, int if type(value) is int else float, name))
+    return lambda value, name: _typed(value, hint, name)
+
+
+def _typed(value: Any, kind: type[Any], name: str) -> Any:
     # `type() is` and not isinstance: True is no number here.
-    if origin is None and type(value) is hint:
-        return value
-    raise ProtocolError(f"the field {name!r} has a wrong type")
+    if type(value) is not kind:
+        raise ProtocolError(f"the field {name!r} has a wrong type")
+    return value
+
+
+def _one_of(value: Any, choices: tuple[str, ...], name: str) -> Any:
+    if type(value) is not str or value not in choices:
+        raise ProtocolError(f"the field {name!r} has a wrong type")
+    return value

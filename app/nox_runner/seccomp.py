@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nox_runner.zygote import kernel
+
 _NAMES = """
     _llseek _newselect accept accept4 access alarm arch_prctl bind brk cachestat capget capset
     chdir chmod chown clock_getres clock_gettime clock_nanosleep close close_range connect
@@ -71,8 +73,10 @@ _ABSENT = (435, *range(463, 512))
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 _ALLOW = 0x7FFF0000
+_NOTIFY = 0x7FC00000
 _OPTIMIZE = 8
 _EQUAL, _MASKED_EQUAL = 4, 7
+_UPPER = 0xFFFFFFFF00000000
 
 
 class _Compare(ctypes.Structure):
@@ -110,11 +114,20 @@ def init_program() -> bytes:
     return _compile(_INIT_NAMES, {})
 
 
+def notice_program() -> bytes:
+    """A filter that allows all, but tells its listener of an exit marked with kernel.MARK.
+
+    The kernel takes an exit code's lower half alone, so the mark changes nothing; and the exits of
+    other programs, which don't carry it, cost nothing.
+    """
+    with _context(_ALLOW) as (library, context):
+        number = library.seccomp_syscall_resolve_name(b"exit_group")
+        _add(library, context, _NOTIFY, number, (_Compare(0, _MASKED_EQUAL, _UPPER, kernel.MARK),))
+        return _export(library, context)
+
+
 def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]]) -> bytes:
-    library = ctypes.CDLL("libseccomp.so.2")
-    library.seccomp_init.restype = ctypes.c_void_p
-    library.seccomp_init.argtypes = [ctypes.c_uint32]
-    with _context(library) as context:
+    with _context(_error(errno.EPERM)) as (library, context):
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
         for name in names.split():
             number = library.seccomp_syscall_resolve_name(name.encode())
@@ -129,12 +142,16 @@ def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]
 
 
 @contextmanager
-def _context(library: ctypes.CDLL) -> Iterator[ctypes.c_void_p]:
-    context = ctypes.c_void_p(library.seccomp_init(_error(errno.EPERM)))
+def _context(otherwise: int) -> Iterator[tuple[ctypes.CDLL, ctypes.c_void_p]]:
+    """libseccomp, and a filter to add to that does `otherwise` with calls it has no rule for."""
+    library = ctypes.CDLL("libseccomp.so.2")
+    library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_init.argtypes = [ctypes.c_uint32]
+    context = ctypes.c_void_p(library.seccomp_init(otherwise))
     if not context:
         raise OSError("libseccomp cannot make a filter for this processor")
     try:
-        yield context
+        yield library, context
     finally:
         library.seccomp_release(context)
 

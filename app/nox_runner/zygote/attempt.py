@@ -78,6 +78,8 @@ class Attempt:
     def run(self) -> Outcome:
         """Watch until the end; ClientGoneError if the client left before."""
         self._watch(self._hatchling.report, self._on_report)
+        if self._hatchling.notice is not None:
+            self._watch(self._hatchling.notice.listener, self._on_notice)
         self._watch(self._stdout.descriptor, lambda: self._on_output(self._stdout))
         self._watch(self._stderr.descriptor, lambda: self._on_output(self._stderr))
         if self._stdin >= 0:
@@ -128,6 +130,8 @@ class Attempt:
     def _on_report(self) -> None:
         told = os.read(self._hatchling.report, child.REPORT.size)
         self._forget(self._hatchling.report)
+        if self._hatchling.notice is not None:
+            self._forget(self._hatchling.notice.listener)
         if len(told) == child.REPORT.size:
             self._report = child.REPORT.unpack(told)
         if self._report is not None and self._report[1]:
@@ -137,6 +141,15 @@ class Attempt:
         self._hatchling.kill()
         self._deadline = time.monotonic() + _KILL_SECONDS
         self._watch(self._hatchling.handle, self._on_ended)
+
+    def _on_notice(self) -> None:
+        notice = self._hatchling.notice
+        assert notice is not None
+        found = notice.take(self._hatchling.pid)
+        if found is None or self._verdict is not None:
+            return
+        self._report = (found.code << 8, True, found.cpu_us, found.max_rss_kib)
+        self._done = True
 
     def _on_ended(self) -> None:
         self._done = True

@@ -29,9 +29,12 @@ from nox_runner.zygote import kernel
 REPORT = struct.Struct("=i?qq")
 """Wait status; whether no other process was left; CPU time in µs and largest RSS in KiB."""
 READY = struct.Struct("=q")
-"""CPU time in µs that was spent before the job."""
+"""CPU time in µs that was spent before the job. With it come the descriptors of its exit's notice,
+if there is one: the listener, and what NOTICE_FILES names."""
 JOB = struct.Struct("=I")
 """Length of the JSON text of a job; with it come the descriptors."""
+NOTICE_FILES = ("thread-self/children", "1/task/1/children", "self/stat", "self/status")
+"""Below /proc: what tells, at its exit, whether the program is alone, and what it has used."""
 SEALED = b"S"
 """Comes through the report's pipe when the init has given up its privileges."""
 FAILED = b"E"
@@ -53,6 +56,7 @@ _USER_LIMITS = {
     "inotify_instances": 16,
     "inotify_watches": 4096,
 }
+_SIGNALS = _signal.valid_signals()
 _known = 0
 _WALL = 0x40000000  # also children that were cloned without a signal
 # RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
@@ -105,8 +109,7 @@ def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
         if code == 0:
             try:
                 os.close(report)
-                _build(config, job)
-                _become_program(job)
+                _become_program(job, _build(config, job))
             except BaseException as error:
                 job.send(FAILED + str(error).encode()[:4000])
             finally:
@@ -146,8 +149,8 @@ def _alone() -> bool:
         return True
 
 
-def _build(config: dict[str, Any], job: socket.socket) -> None:
-    """Make the rest of the sandbox, and give up what that took."""
+def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
+    """Make the rest of the sandbox, and give up what that took; the descriptors of its notice."""
     _close_all_but(job.fileno())
     os.setsid()
     kernel.map_ids(config["uid"], config["gid"])
@@ -155,9 +158,19 @@ def _build(config: dict[str, Any], job: socket.socket) -> None:
     if not config["network"]:
         _loopback()
     _own_limits()
+    notice = _notice(config)
     if config["landlock"]:
         kernel.landlock(*config["landlock"])
     config["seal"]()
+    return notice
+
+
+def _notice(config: dict[str, Any]) -> list[int]:
+    listener = config["notice"]()
+    if listener < 0:
+        return []
+    files = [os.open(f"/proc/{name}", os.O_RDONLY) for name in NOTICE_FILES]
+    return [listener, *files]
 
 
 def _mounts(config: dict[str, Any]) -> None:
@@ -209,7 +222,7 @@ def _close_all_but(*kept: int) -> None:
     os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _become_program(job: socket.socket) -> NoReturn:
+def _become_program(job: socket.socket, notice: list[int]) -> NoReturn:
     os.umask(0o022)
     if "random" in sys.modules:
         sys.modules["random"].seed()
@@ -218,7 +231,11 @@ def _become_program(job: socket.socket) -> NoReturn:
     sys.path.append(os.getcwd())
     _rehearse()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    job.send(READY.pack(round((used.ru_utime + used.ru_stime) * 1e6)))
+    ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
+    socket.send_fds(job, [ready], notice)
+    # The listener above all: a program must not be the one who is told.
+    for descriptor in notice:
+        os.close(descriptor)
     wanted, descriptors = _receive(job)
     job.close()
     source, *streams = descriptors
@@ -332,6 +349,9 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
     if deadly is not None:
         signal.signal(deadly, signal.SIG_DFL)
         os.kill(os.getpid(), deadly)
+    # From here on no handler of the program's runs any more: who is told takes it as ended.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
+    kernel.marked_exit(code & 0xFF)
     os._exit(code)
 
 

@@ -27,14 +27,15 @@ class Zygote:
 
     def __init__(
         self,
-        call_filter: bytes,
-        init_filter: bytes,
         settings: Callable[[], Settings],
         groups: Groups | None,
         why: str,
     ) -> None:
-        """`why` tells why there are no control groups, if there are none."""
-        self._pool = Pool(call_filter, init_filter, groups)
+        """`why` tells why there are no control groups, if there are none.
+
+        OSError where a filter for system calls cannot be made.
+        """
+        self._pool = Pool(groups)
         self._settings = settings
         self._groups = groups
         self._why = why
@@ -66,6 +67,10 @@ class Zygote:
                 attempt.close()
                 self._pool.give_back(hatchling)
         raise AssertionError("unreachable")
+
+    def settle(self) -> None:
+        """See Backend.settle."""
+        self._pool.refill()
 
     def close(self) -> None:
         """Give up all that was made ahead."""

@@ -36,9 +36,13 @@ _NEW = "/new"
 def main(control: socket.socket) -> int:
     """Serve until the runner closes `control`."""
     config = json.loads(control.recv(1 << 16))
-    for name in ("seal", "init_seal"):
+    for name, kind in (
+        ("seal", kernel.Seal),
+        ("init_seal", kernel.Seal),
+        ("notice", kernel.Notice),
+    ):
         with open(config[name], "rb") as file:
-            config[name] = kernel.Seal(file.read())
+            config[name] = kind(file.read())
     # The kernel buries the sandboxes: nobody asks here how they ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 import nox_runner
 from nox_runner import limits as resource_limits
-from nox_runner import orphans
+from nox_runner import orphans, seccomp
 from nox_runner.command import ETC_FROM_HOST, ETC_WITH_NETWORK, ROOTS, RUN_SIZE, etc, memory_file
 from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.log import log
 from nox_runner.tmpfs import MAX_FILES
 from nox_runner.zygote import child, nest
+from nox_runner.zygote.notice import COUNT, Notice
 
 _PYTHON = "/usr/bin/python3"
 _START_SECONDS = 20.0
@@ -33,6 +34,7 @@ _RETRY_SECONDS = 1.0
 _BREATH = 0.004
 _CORES = os.cpu_count() or 1
 _CREDENTIALS = struct.Struct("=iII")
+_INT = struct.Struct("=i")
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(nox_runner.__file__)))
 _START = f"""
 import sys
@@ -66,6 +68,7 @@ class Hatchling:
     job: socket.socket
     pid: int
     spent_us: int
+    notice: Notice | None = None
     group: Group | None = None
 
     def has_ended(self) -> bool:
@@ -89,6 +92,8 @@ class Hatchling:
         """Kill what is left and let go of it."""
         self.kill()
         self.job.close()
+        if self.notice is not None:
+            self.notice.close()
         os.close(self.report)
         os.close(self.handle)
 
@@ -96,8 +101,12 @@ class Hatchling:
 class Pool:
     """Sandboxes for one plan at a time. One thread of its own does all that takes time."""
 
-    def __init__(self, call_filter: bytes, init_filter: bytes, groups: Groups | None) -> None:
-        self._filters = {"seal": call_filter, "init_seal": init_filter}
+    def __init__(self, groups: Groups | None) -> None:
+        self._filters = {
+            "seal": seccomp.program(),
+            "init_seal": seccomp.init_program(),
+            "notice": seccomp.notice_program(),
+        }
         self._groups = groups
         self._lock = threading.Lock()
         # Two, so that those who wait for a sandbox never wake each other.
@@ -139,10 +148,13 @@ class Pool:
             return self._ready.popleft()
 
     def give_back(self, hatchling: Hatchling) -> None:
-        """What was taken has come to its end, or is to: it is closed, and another one made."""
+        """What was taken has come to its end, or is to; `refill` closes it, and makes another."""
         hatchling.kill()
+        self._spent.append(hatchling)
+
+    def refill(self) -> None:
+        """See that what is missing is made. Apart from giving back: no answer waits for it."""
         with self._changed:
-            self._spent.append(hatchling)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -289,7 +301,7 @@ class Pool:
 
     def _greet(self, hatchling: Hatchling) -> None:
         hatchling.job.settimeout(_HATCH_SECONDS)
-        hatchling.pid, hatchling.spent_us = _greeting(hatchling.job)
+        hatchling.pid, hatchling.spent_us, hatchling.notice = _greeting(hatchling.job)
         if not hatchling.is_sealed(_HATCH_SECONDS):
             raise OSError("the init of a sandbox ended before it was ready")
         assert self._made_for is not None
@@ -318,18 +330,29 @@ def _is_dying(pid: int) -> bool:
         return False
 
 
-def _greeting(job: socket.socket) -> tuple[int, int]:
-    size = socket.CMSG_SPACE(_CREDENTIALS.size)
-    text, ancillary, _, _ = job.recvmsg(4096, size)
+def _greeting(job: socket.socket) -> tuple[int, int, Notice | None]:
+    size = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(COUNT * _INT.size)
+    text, ancillary, _, _ = job.recvmsg(4096, size, socket.MSG_CMSG_CLOEXEC)
+    found = {kind: data for level, kind, data in ancillary if level == socket.SOL_SOCKET}
+    descriptors = [number for (number,) in _INT.iter_unpack(found.get(socket.SCM_RIGHTS, b""))]
+    notice = Notice(descriptors) if descriptors else None
+    try:
+        return *_introduction(text, found), notice
+    except OSError:
+        if notice is not None:
+            notice.close()
+        raise
+
+
+def _introduction(text: bytes, found: dict[int, bytes]) -> tuple[int, int]:
     if text[:1] == child.FAILED and len(text) != child.READY.size:
         raise OSError(f"a sandbox cannot be made: {text[1:].decode('utf-8', 'replace')}")
     if len(text) != child.READY.size:
         raise OSError("a sandbox ended before it was ready")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-            pid, _uid, _gid = _CREDENTIALS.unpack(data)
-            return pid, child.READY.unpack(text)[0]
-    raise OSError("a sandbox came without its process's number")
+    if socket.SCM_CREDENTIALS not in found:
+        raise OSError("a sandbox came without its process's number")
+    pid, _uid, _gid = _CREDENTIALS.unpack(found[socket.SCM_CREDENTIALS])
+    return pid, child.READY.unpack(text)[0]
 
 
 def _reason(told: bytes, zygote: subprocess.Popen[bytes]) -> str:

@@ -1,0 +1,88 @@
+"""How a program ended is the kernel's word: nothing inside the sandbox can say it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from service import APP, Service, as_user, environment
+
+from nox_runner.zygote import kernel
+
+# What the fast backend has a program's own process do last, from where it must not be believed.
+_MARKED = f"""
+import ctypes, os, time
+def leave(code):
+    ctypes.CDLL(None).syscall({kernel._EXIT_GROUP.value}, ctypes.c_ulong({kernel.MARK} | code))
+"""
+_BEATS = "    while 1: open('beat', 'w').write(str(time.time()))\n"
+_POOL = """
+import os, sys
+from nox_runner.limits import Limits
+from nox_runner.zygote.pool import Plan, Pool
+sandbox, pool = sys.argv[1], Pool(None)
+found = os.stat(sandbox)
+limits = Limits(5.0, 1 << 20, 512 << 20, 64, 64 << 20, 64 << 20)
+plan = Plan(sandbox, (found.st_dev, found.st_ino), limits, 1 << 20, (), 1)
+hatchling = pool.take(plan, 20)
+print(hatchling.notice is not None)
+pool.give_back(hatchling)
+pool.close()
+"""
+
+
+def test_the_kernel_tells_on_this_machine(possible: None, tmp_path: Path) -> None:
+    """Or the tests below would show nothing of it: without it the init reports, a bit later."""
+    for parent in (tmp_path, *tmp_path.parents[:3]):
+        parent.chmod(0o755)
+    done = subprocess.run(
+        as_user(sys.executable, "-c", _POOL, str(tmp_path)),
+        cwd=APP, env=environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
+
+
+def test_a_marked_exit_is_the_programs_own(nox: Service) -> None:
+    result = nox.python(f"{_MARKED}leave(7)\nprint('not reached')")
+    assert (result["status"], result["exit_code"], result["stdout"]) == ("error", 7, "")
+
+
+def test_another_process_does_not_speak_for_the_program(nox: Service) -> None:
+    result = nox.python(
+        f"{_MARKED}pid = os.fork()\nif not pid: leave(0)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\nraise SystemExit(9)"
+    )
+    assert (result["exit_code"], result["stdout"]) == (9, "0\n")
+
+
+def test_an_exit_by_another_thread(nox: Service) -> None:
+    text = "import threading\nthreading.Thread(target=leave, args=(5,)).start()\ntime.sleep(9)"
+    result = nox.python(_MARKED + text)
+    assert (result["status"], result["exit_code"]) == ("error", 5)
+
+
+def test_who_is_left_behind_has_ended_before_the_answer(nox: Service) -> None:
+    """A child, and a grandchild that came to the init."""
+    for orphan in ("", "    if os.fork(): os._exit(0)\n"):
+        text = f"{_MARKED}if not os.fork():\n    os.setsid()\n{orphan}{_BEATS}"
+        result = nox.python(f"{text}while not os.path.exists('beat'): pass\nleave(4)")
+        assert result["exit_code"] == 4
+        beats = [nox.python("print(open('beat').read())")["stdout"] for _ in range(2)]
+        assert beats[0] == beats[1]
+        nox.python("import os; os.remove('beat')")
+
+
+def test_what_it_used_is_told(nox: Service) -> None:
+    alone = nox.python("x = bytearray(60 << 20)\nfor i in range(3_000_000): pass")
+    assert alone["cpu_ms"] >= 20
+    assert alone["max_rss_bytes"] > 60 << 20
+    loop = "'for i in range(6_000_000): pass'"
+    child = nox.python(f"import subprocess; subprocess.run(['python3', '-c', {loop}])")
+    assert child["cpu_ms"] >= 60
+
+
+def test_exits_without_end_harm_the_program_alone(nox: Service) -> None:
+    text = "    pid = os.fork()\n    if not pid: leave(1)\n    os.waitpid(pid, 0)\nprint('done')"
+    result = nox.python(f"{_MARKED}for _ in range(200):\n{text}")
+    assert (result["status"], result["stdout"]) == ("ok", "done\n")
