@@ -9,6 +9,7 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import replace
 
+from nox_runner import control_group
 from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
 from nox_runner.command import Command, memory_file
@@ -126,7 +127,7 @@ class Bubblewrap:
         missing = {
             **resource_limits.not_enforced(limits),
             "landlock": "only the zygote backend has it",
-            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
+            **(self._groups.not_enforced() if self._groups else control_group.missing(self._why)),
         }
         if self._instead_of:
             missing["fast_start"] = self._instead_of

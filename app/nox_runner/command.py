@@ -127,7 +127,7 @@ class Command:
         options += ["--bind", sandbox, sandbox, "--chdir", sandbox]
         # bubblewrap builds / and /dev on tmpfs, writable and unbounded.
         options += ["--remount-ro", "/dev", "--remount-ro", "/"]
-        for name, value in environment(program, sandbox).items():
+        for name, value in {**environment(sandbox), **own_environment(program)}.items():
             options += ["--setenv", name, value]
         return b"".join(option.encode() + b"\0" for option in options), descriptors
 
@@ -145,17 +145,20 @@ def memory_file(name: str, content: bytes = b"") -> int:
     return descriptor
 
 
-def environment(program: Program, sandbox: str) -> dict[str, str]:
-    """The environment of a run."""
+def environment(sandbox: str) -> dict[str, str]:
+    """What every run's environment begins with."""
     return {
         "HOME": sandbox,
         "LANG": "C.UTF-8",
         "PATH": _PATH,
         "TMPDIR": "/tmp",
         "USER": _user(),
-        **program.env,
-        "NOX_RUN_ID": program.run_id,
     }
+
+
+def own_environment(program: Program) -> dict[str, str]:
+    """What a run adds to it."""
+    return {**program.env, "NOX_RUN_ID": program.run_id}
 
 
 def _root(name: str) -> list[str]:

@@ -16,7 +16,11 @@ from nox_runner.limits import Limits
 
 _OWN_LEAF = "supervisor"
 _PREFIX = "run-"
-_CONTROLLERS = {"memory": "memory.max", "pids": "pids.max"}
+_CONTROLLERS = {"cpu": "cpu.max", "memory": "memory.max", "pids": "pids.max"}
+NO_CPU_SHARE = "a run may use every core, and with more processes it gets more of them than others"
+_PERIOD = 100_000  # µs, of cpu.max
+_OWN_WEIGHT = 1000
+"""Beside the 100 of each run: the runner's own work, which all runs wait for, comes first."""
 _REMOVE_SECONDS = 5.0
 
 
@@ -91,7 +95,9 @@ class Groups:
         return group
 
     def limit(self, group: Group, limits: Limits) -> None:
-        """Set the limits of a run."""
+        """Set the limits of a run. Of the cores each has an equal share by itself."""
+        if "cpu" in self.controllers and limits.cpus:
+            _write(f"{group.path}/cpu.max", f"{round(limits.cpus * _PERIOD)} {_PERIOD}")
         if "memory" in self.controllers:
             _write(f"{group.path}/memory.max", str(limits.memory))
             with suppress(FileNotFoundError):  # a kernel without swap
@@ -107,6 +113,9 @@ class Groups:
             enforced["memory_per_run"] = f"{limits.memory} bytes, memory.max, no swap"
         if "pids" in self.controllers:
             enforced["processes_per_run"] = f"{limits.processes}, pids.max"
+        if "cpu" in self.controllers:
+            most = f", at most {limits.cpus:g} cores, cpu.max" if limits.cpus else ""
+            enforced["cpu_share"] = f"the same for each run, cpu.weight{most}"
         return enforced
 
     def not_enforced(self) -> dict[str, str]:
@@ -114,7 +123,14 @@ class Groups:
         missing = {}
         if "memory" not in self.controllers:
             missing["memory_per_run"] = "the unit's control group has no memory controller"
+        if "cpu" not in self.controllers:
+            missing["cpu_share"] = NO_CPU_SHARE
         return missing
+
+
+def missing(why: str) -> dict[str, str]:
+    """By name the limits that nothing holds where there are no groups, `why`."""
+    return {"memory_per_run": why, "cpu_share": NO_CPU_SHARE}
 
 
 def delegated() -> Groups:
@@ -133,6 +149,8 @@ def delegated() -> Groups:
             if name.startswith(_PREFIX):
                 Group(f"{root}/{name}").end()
         controllers = _enable(root)
+        if "cpu" in controllers:
+            _write(f"{root}/{_OWN_LEAF}/cpu.weight", str(_OWN_WEIGHT))
         if not controllers:
             # A group that limits nothing is not worth the time it takes to move processes there.
             raise NotDelegatedError("the unit's control group has no controllers to limit with")

@@ -17,7 +17,7 @@ _ADDRESS_SPACE = 4 << 30
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes in bytes; `timeout` in seconds of wall-clock time."""
+    """Sizes in bytes; `timeout` in seconds of wall-clock time; `cpus` in cores, 0 for all."""
 
     timeout: float
     output: int
@@ -26,6 +26,7 @@ class Limits:
     file_size: int
     tmp_size: int
     network: bool = False
+    cpus: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, timeout: float) -> Limits:
@@ -38,6 +39,7 @@ class Limits:
             file_size=settings.file_size,
             tmp_size=settings.tmp_size,
             network=settings.network,
+            cpus=settings.cpus,
         )
 
 
@@ -60,10 +62,9 @@ def enforced(limits: Limits) -> dict[str, str]:
 
 def not_enforced(limits: Limits) -> dict[str, str]:
     """By name what no backend enforces with these settings, and why."""
-    missing = {"cpu_share": "a run may use every core; there are as many slots as cores"}
     if limits.network:
-        missing["network"] = "NOX_NETWORK=on: a run reaches all that the runner's unit may reach"
-    return missing
+        return {"network": "NOX_NETWORK=on: a run reaches all that the runner's unit may reach"}
+    return {}
 
 
 def apply(pid: int, limits: Limits) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import queue
-import selectors
+import select
 import signal
 import socket
 import struct
@@ -12,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 
 from nox_runner import protocol, systemd
 from nox_runner.log import log
@@ -39,10 +39,8 @@ class Server:
         self._client_uid = client_uid
         self._reload = reload
         self._signals: set[int] = set()
-        # Threads stay and take one connection after the other: to start one for each costs a
-        # hello world a tenth of its time.
-        self._waiting: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-        self._free = threading.Condition()
+        self._stop_read, self._stop = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._changed = threading.Condition()
         self._threads = 0
         self._busy = 0
 
@@ -56,27 +54,46 @@ class Server:
         # A handler alone would not end select (PEP 475).
         signal.set_wakeup_fd(wake_write.fileno())
         self._listener.setblocking(False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(wake_read, selectors.EVENT_READ)
-            systemd.ready()
-            log("info", "ready", backend=self._service.backend.name)
-            while not self._signals & {signal.SIGTERM, signal.SIGINT}:
-                for key, _ in selector.select():
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    else:
-                        wake_read.recv(64)
-                if signal.SIGHUP in self._signals:
-                    self._signals.discard(signal.SIGHUP)
-                    systemd.reloading()
-                    self._reload()
-                    systemd.ready()
-        self._listener.close()
+        self._start_thread()
+        systemd.ready()
+        log("info", "ready", backend=self._service.backend.name)
+        while not self._signals & {signal.SIGTERM, signal.SIGINT}:
+            select.select([wake_read], [], [])
+            wake_read.recv(64)
+            if signal.SIGHUP in self._signals:
+                self._signals.discard(signal.SIGHUP)
+                systemd.reloading()
+                self._reload()
+                systemd.ready()
         self._drain()
 
     def _on_signal(self, number: int, _frame: types.FrameType | None) -> None:
         self._signals.add(number)
+
+    def _start_thread(self) -> bool:
+        self._threads += 1
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:  # no more threads on this host
+            self._threads -= 1
+            return False
+        return True
+
+    def _work(self) -> None:
+        """Take one connection after the other, until the stop.
+
+        Whoever accepts serves: a hand-over to another thread costs a hello world a tenth of its
+        time. And threads stay, for the same reason.
+        """
+        with select.epoll() as poll:
+            # Exclusive: one connection wakes one thread.
+            poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            poll.register(self._stop_read, select.EPOLLIN)
+            while all(descriptor != self._stop_read for descriptor, _ in poll.poll()):
+                self._accept()
+        with self._changed:
+            self._threads -= 1
+            self._changed.notify_all()
 
     def _accept(self) -> None:
         try:
@@ -87,55 +104,33 @@ class Server:
             log("error", "accept_failed", reason=str(error))
             time.sleep(0.05)  # or this would spin until one is free
             return
-        pid, uid, _gid = peer(connection)
-        if uid != self._client_uid:
-            log("warning", "peer_refused", pid=pid, uid=uid)
-            connection.close()
-            return
-        with self._free:
-            full = self._busy >= self._service.settings.slots + _FILE_OPERATIONS
-            if not full:
-                self._busy += 1
-            wants_thread = self._busy > self._threads
-        if full:
-            self._refuse(connection)
-            return
-        if wants_thread:
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-                self._threads += 1
-            except RuntimeError:  # no more threads on this host
-                self._done()
-                self._refuse(connection)
+        with connection:
+            pid, uid, _gid = peer(connection)
+            if uid != self._client_uid:
+                log("warning", "peer_refused", pid=pid, uid=uid)
                 return
-        self._waiting.put(connection)
-
-    def _refuse(self, connection: socket.socket) -> None:
-        log("warning", "too_many_connections")
-        connection.settimeout(0)
-        try:
-            connection.send(protocol.encode_failure(Failure("busy", "too many connections")))
-        except OSError:
-            pass
-        finally:
-            connection.close()
-
-    def _work(self) -> None:
-        while True:
-            connection = self._waiting.get()
+            with self._changed:
+                self._busy += 1
+                # The last thread that is left refuses, so that nobody waits in silence.
+                full = self._busy > self._service.settings.slots + _FILE_OPERATIONS
+                if self._busy == self._threads and not full:
+                    full = not self._start_thread()
             try:
-                with connection:
+                if full:
+                    self._refuse(connection)
+                else:
                     self._service.serve(connection)
             except Exception as error:  # a bug must cost one connection, not the runner
                 log("error", "internal_error", reason=repr(error))
             finally:
-                del connection
-                self._done()
+                with self._changed:
+                    self._busy -= 1
 
-    def _done(self) -> None:
-        with self._free:
-            self._busy -= 1
-            self._free.notify_all()
+    def _refuse(self, connection: socket.socket) -> None:
+        log("warning", "too_many_connections")
+        connection.settimeout(0)
+        with suppress(OSError):
+            connection.send(protocol.encode_failure(Failure("busy", "too many connections")))
 
     def _drain(self) -> None:
         # Who connects from now on waits for the next runner. Who was accepted is served: a refusal
@@ -143,8 +138,12 @@ class Server:
         patience = self._service.settings.timeout + _DRAIN_MARGIN
         systemd.stopping(patience)
         log("info", "stopping")
-        with self._free:
-            self._free.wait_for(lambda: not self._busy, patience)
+        os.write(self._stop, b"x")
+        with self._changed:
+            # Those that serve, too, end by themselves when they are done.
+            self._changed.wait_for(lambda: self._threads <= self._busy, patience)
+            self._listener.close()
+            self._changed.wait_for(lambda: not self._threads, patience)
             left = self._busy
         if left:
             log("warning", "stopped_with_work_left", connections=left)

@@ -54,6 +54,7 @@ class Settings:
     output_limit: int = 1 << 20
     memory: int = 512 << 20
     pids: int = 128
+    cpus: float = 0.0
     file_size: int = 64 << 20
     tmp_size: int = 64 << 20
     quota_bytes: int = 1 << 30
@@ -98,6 +99,12 @@ def _size(minimum: int, maximum: int) -> Convert:
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) or not 0.1 <= float(text) <= 3600:
         raise ValueError("must be a number of seconds from 0.1 to 3600")
+    return float(text)
+
+
+def _cores(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,2})?", text) or 0 < float(text) < 0.05:
+        raise ValueError("must be a number of cores from 0.05, such as 1.5, or 0 for all")
     return float(text)
 
 
@@ -163,6 +170,7 @@ _CONVERT: dict[str, tuple[str, Convert]] = {
     "NOX_MEMORY": ("memory", _size(32 << 20, 1 << 40)),
     # bubblewrap's init, the program, and something for it to start.
     "NOX_PIDS": ("pids", _whole(4, 1 << 20)),
+    "NOX_CPUS": ("cpus", _cores),
     "NOX_FILE_SIZE": ("file_size", _size(4 << 10, 1 << 40)),
     "NOX_TMP_SIZE": ("tmp_size", _size(64 << 10, 1 << 40)),
     "NOX_QUOTA_BYTES": ("quota_bytes", _size(1 << 20, 1 << 50)),

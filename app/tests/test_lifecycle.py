@@ -55,10 +55,10 @@ def test_a_client_that_leaves(own: Make) -> None:
                 return
         raise AssertionError("the run ended")
 
-    first = threading.Thread(target=leave, args=(1.0,))
+    first = threading.Thread(target=leave, args=(5.0,))
     first.start()
     wait_for(lambda: list(running("sleep", marker)), "the run")
-    second = threading.Thread(target=leave, args=(0.3,))
+    second = threading.Thread(target=leave, args=(2.5,))
     second.start()
     wait_for(lambda: nox.detail()["queue"]["used"] == 1, "the one who waits")
     second.join()
@@ -194,7 +194,7 @@ def test_systemd_is_told(own: Make) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path)
         os.chmod(path, 0o777)
-        manager.settimeout(10)
+        manager.settimeout(60)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(nox.socket))
         listener.listen()
@@ -231,7 +231,7 @@ def test_a_restart_closes_no_connection(own: Make) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(path)
         os.chmod(path, 0o777)
-        manager.settimeout(10)
+        manager.settimeout(60)
 
         def obey_until(last: str) -> None:
             """What systemd does with messages, up to one that begins with `last`."""
@@ -263,7 +263,7 @@ def test_a_restart_closes_no_connection(own: Make) -> None:
             assert nox.front is not None
             nox.front.send_signal(signal.SIGTERM)
             obey_until("BARRIER=1")
-            assert nox.front.wait(10) == 0
+            assert nox.front.wait(60) == 0
             assert running_one.result().json()["stdout"] == "done\n"
             assert running_one.result().headers["connection"] == "close"
             assert len(stored["connection"]) == 1
@@ -275,7 +275,7 @@ def test_a_restart_closes_no_connection(own: Make) -> None:
         # An address of its own follows the settings, kept socket or not.
         nox.front.send_signal(signal.SIGTERM)
         obey_until("BARRIER=1")
-        assert nox.front.wait(10) == 0
+        assert nox.front.wait(60) == 0
         old = nox.port
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

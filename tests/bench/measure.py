@@ -29,6 +29,7 @@ from typing import Any
 PARTS = ("latency", "throughput", "preimport", "memory", "endurance", "flood")
 BACKENDS = ("zygote", "bubblewrap")
 CLIENTS = 8
+TURN = 10
 RUNS = 10_000
 FLOOD_SECONDS = 30.0
 _HELLO = "print(1)"
@@ -96,14 +97,20 @@ def start(command: list[str]) -> Callable[[], bool]:
 
 
 def in_turns(actions: dict[str, Callable[[], object]], count: int, gap: float) -> dict[str, list[float]]:
-    """Milliseconds of each action, `count` times, `gap` seconds of rest before each."""
+    """Milliseconds of each action, `count` times, `gap` seconds of rest before each.
+
+    Turns are of ten: so each is measured as a client who asks again and again meets it, and all of
+    them together within two seconds or three. The first turn is to get warm.
+    """
     taken: dict[str, list[float]] = {name: [] for name in actions}
-    for name, action in [*actions.items()] * (count + 3):
-        time.sleep(gap)
-        started = time.perf_counter()
-        action()
-        taken[name].append((time.perf_counter() - started) * 1000)
-    return {name: values[3:] for name, values in taken.items()}
+    for _ in range(-(-count // TURN) + 1):
+        for name, action in actions.items():
+            for _ in range(TURN):
+                time.sleep(gap)
+                started = time.perf_counter()
+                action()
+                taken[name].append((time.perf_counter() - started) * 1000)
+    return {name: values[TURN:] for name, values in taken.items()}
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
@@ -281,7 +288,7 @@ def descendants(pid: int) -> list[int]:
 def state(nox: Any) -> dict[str, float]:
     """What must not grow."""
     front, runner = nox.front.pid, nox.runner.pid
-    helpers = descendants(runner)
+    helpers = at_rest(runner)
     zygote = children(runner)[0]
     return {
         "front MiB": resident(front),
@@ -290,12 +297,21 @@ def state(nox: Any) -> dict[str, float]:
         "runner descriptors": entries(f"/proc/{runner}/fd"),
         "zygote descriptors": entries(f"/proc/{zygote}/fd"),
         "runner threads": entries(f"/proc/{runner}/task"),
-        "mounts of the runner": len(Path(f"/proc/{runner}/mountinfo").read_text().splitlines()),
         "mounts of the zygote": len(Path(f"/proc/{zygote}/mountinfo").read_text().splitlines()),
         "processes below the runner": len(helpers),
         "zombies": sum(is_zombie(pid) for pid in helpers),
         "control groups": groups(runner),
     }
+
+
+def at_rest(pid: int) -> list[int]:
+    """The descendants of a process when none has come or gone for half a second: the pool is full, the dead are gone."""
+    found, since, end = descendants(pid), time.monotonic(), time.monotonic() + 20
+    while time.monotonic() < min(since + 0.5, end):
+        time.sleep(0.02)
+        if (now := descendants(pid)) != found:
+            found, since = now, time.monotonic()
+    return found
 
 
 def entries(directory: str) -> int:

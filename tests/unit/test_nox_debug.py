@@ -773,12 +773,13 @@ def test_the_detail_of_health(
 @pytest.mark.parametrize(
     ("controllers", "missing", "state"),
     [
-        # what no host has, and what this one hasn't: nothing to mend
-        ("cpuset cpu io memory pids", {"cpu_share": "as ever"}, "note"),
-        ("", {"cpu_share": "as ever", "memory_per_run": "no controllers"}, "note"),
+        # what this host hasn't: nothing to mend
+        ("memory pids", {"cpu_share": "no controller"}, "note"),
+        ("", {"cpu_share": "no controllers", "memory_per_run": "no controllers"}, "note"),
         # what this host could
-        ("cpuset cpu io memory pids", {"cpu_share": "as ever", "memory_per_run": "not delegated"}, "warn"),
-        ("", {"cpu_share": "as ever", "fast_start": "fell back"}, "warn"),
+        ("cpuset cpu io memory pids", {"cpu_share": "not delegated"}, "warn"),
+        ("cpuset cpu io memory pids", {"memory_per_run": "not delegated"}, "warn"),
+        ("", {"cpu_share": "no controllers", "fast_start": "fell back"}, "warn"),
     ],
 )
 def test_limits_that_the_host_cannot_hold_are_noted(

@@ -15,7 +15,7 @@ from contextlib import suppress
 from nox_runner import limits as resource_limits
 from nox_runner import usage
 from nox_runner.backend import ClientGoneError, Outcome, Program
-from nox_runner.command import SOURCES, environment
+from nox_runner.command import SOURCES, own_environment
 from nox_runner.limits import Limits
 from nox_runner.output import Output
 from nox_runner.protocol import Status
@@ -34,7 +34,6 @@ class Attempt:
         hatchling: Hatchling,
         program: Program,
         limits: Limits,
-        sandbox: str,
         client: socket.socket | None,
     ) -> None:
         if hatchling.has_ended():
@@ -66,7 +65,7 @@ class Attempt:
                 "language": program.language,
                 "path": SOURCES[program.language],
                 "args": program.args,
-                "env": {**environment(program, sandbox), "PWD": sandbox},
+                "env": own_environment(program),
             }
         ).encode()
         self._started = time.monotonic()

@@ -109,7 +109,7 @@ def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
         if code == 0:
             try:
                 os.close(report)
-                _become_program(job, _build(config, job))
+                _become_program(config, job, _build(config, job))
             except BaseException as error:
                 job.send(FAILED + str(error).encode()[:4000])
             finally:
@@ -222,13 +222,15 @@ def _close_all_but(*kept: int) -> None:
     os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _become_program(job: socket.socket, notice: list[int]) -> NoReturn:
+def _become_program(config: dict[str, Any], job: socket.socket, notice: list[int]) -> NoReturn:
     os.umask(0o022)
     if "random" in sys.modules:
         sys.modules["random"].seed()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.path.append(os.getcwd())
+    os.environ.clear()
+    os.environ.update(config["environment"])
     _rehearse()
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
@@ -244,7 +246,6 @@ def _become_program(job: socket.socket, notice: list[int]) -> NoReturn:
         os.dup2(descriptor, number)
     text = os.pread(source, os.fstat(source).st_size, 0)
     os.closerange(3, max(descriptors) + 1)
-    os.environ.clear()
     os.environ.update(wanted["env"])
     path = wanted["path"]
     _write(path, text)
@@ -283,7 +284,7 @@ def _rehearse() -> None:
     path = f"{_PLACE}/main.py"
     text = b"def f(x):\n    return [str(x)]\nprint(f(1))\n"
     near, far = socket.socketpair()
-    told = json.dumps({"env": {"NOX_RUN_ID": "0" * 32, "TMPDIR": "/tmp"}, "args": []}).encode()
+    told = json.dumps({"env": {"NOX_RUN_ID": "0" * 32}, "args": []}).encode()
     socket.send_fds(far, [JOB.pack(len(told)) + told], [0, 0])
     wanted, (source, other) = _receive(near)
     near.close()
@@ -291,7 +292,6 @@ def _rehearse() -> None:
     os.dup2(other, source)
     os.closerange(source, other + 1)
     _write(path, text)
-    os.environ.clear()
     os.environ.update(wanted["env"])
     sys.argv = [path, *wanted["args"]]
     _python(text, path)

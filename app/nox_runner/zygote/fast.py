@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
+from nox_runner import control_group
 from nox_runner import limits as resource_limits
 from nox_runner.backend import Outcome, Program
 from nox_runner.control_group import Groups
@@ -39,6 +40,7 @@ class Zygote:
         self._settings = settings
         self._groups = groups
         self._why = why
+        self._planned: tuple[Settings, Plan] | None = None
 
     def run(
         self, program: Program, limits: Limits, sandbox: str, client: socket.socket | None
@@ -46,12 +48,13 @@ class Zygote:
         """See Backend.run."""
         # The program's text is written to a file under the same limit.
         text_size = os.fstat(program.source).st_size
-        limits = replace(limits, file_size=max(limits.file_size, text_size))
+        if text_size > limits.file_size:
+            limits = replace(limits, file_size=text_size)
         plan = self._plan(sandbox)
         for left in reversed(range(_TRIES)):
             hatchling = self._pool.take(plan, _PATIENCE)
             try:
-                attempt = Attempt(hatchling, program, limits, sandbox, client)
+                attempt = Attempt(hatchling, program, limits, client)
             except (ConnectionError, ProcessLookupError):
                 # It died while it waited, with the zygote most likely.
                 self._pool.give_back(hatchling)
@@ -79,15 +82,21 @@ class Zygote:
     def _plan(self, sandbox: str) -> Plan:
         settings = self._settings()
         state = os.stat(sandbox)
-        return Plan(
+        place = state.st_dev, state.st_ino
+        last = self._planned
+        if last and last[0] is settings and last[1].sandbox_id == place:
+            return last[1]
+        plan = Plan(
             sandbox=sandbox,
             # A directory that took the place of the old one has to be mounted anew.
-            sandbox_id=(state.st_dev, state.st_ino),
+            sandbox_id=place,
             limits=Limits.of(settings, settings.timeout),
             text_size=settings.max_body,
             preimport=settings.preimport,
             spare=max(4, 2 * settings.slots),
         )
+        self._planned = settings, plan
+        return plan
 
     def enforced(self, limits: Limits) -> dict[str, str]:
         """See Backend.enforced."""
@@ -106,7 +115,7 @@ class Zygote:
         """See Backend.not_enforced."""
         missing = {
             **resource_limits.not_enforced(limits),
-            **(self._groups.not_enforced() if self._groups else {"memory_per_run": self._why}),
+            **(self._groups.not_enforced() if self._groups else control_group.missing(self._why)),
         }
         if not self._pool.landlock:
             missing["landlock"] = "this kernel has none of version 2 (Linux 5.19), or it is barred"

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import nox_runner
 from nox_runner import limits as resource_limits
 from nox_runner import orphans, seccomp
-from nox_runner.command import ETC_FROM_HOST, ETC_WITH_NETWORK, ROOTS, RUN_SIZE, etc, memory_file
+from nox_runner.command import (
+    ETC_FROM_HOST,
+    ETC_WITH_NETWORK,
+    ROOTS,
+    RUN_SIZE,
+    environment,
+    etc,
+    memory_file,
+)
 from nox_runner.control_group import Group, Groups
 from nox_runner.limits import Limits
 from nox_runner.log import log
@@ -387,5 +395,6 @@ def _config(plan: Plan) -> dict[str, object]:
         "network": network,
         "etc_from_host": [*ETC_FROM_HOST, *(ETC_WITH_NETWORK if network else ())],
         "links": links,
+        "environment": {**environment(plan.sandbox), "PWD": plan.sandbox},
         "files": etc(plan.sandbox, network),
     }
