@@ -314,9 +314,13 @@ STEPS = (
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
     Step("container", "container deployment", containers()),
-    Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
+    Step("hostile", "46 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
-    Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
+    Step(
+        "hostile",
+        "hostile: control groups",
+        hostile("uml", "--memory", "128M", "--cpus", "0.5", "2", "3", "4", "11", "12", "46"),
+    ),
     Step("matrix", "molecule: repair, the whole", molecule("repair")),
 )
 

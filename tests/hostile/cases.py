@@ -1,4 +1,4 @@
-"""The 45 cases. Each function attacks, then tells what came of it, or raises Failed or NotEnforced."""
+"""The cases. Each function attacks, then tells what came of it, or raises Failed or NotEnforced."""
 
 from __future__ import annotations
 
@@ -744,3 +744,24 @@ print(found)
     output = in_sandbox(target, code)
     need(other()["status"] == "ok" and output == "[]", output)
     return "nothing seen"
+
+
+@case(46, "processes of one run that want all cores", "no more than NOX_CPUS together")
+def _(target: Target) -> str:
+    limits = target.health()["limits"]
+    held = limits["enforced"].get("cpu_share", "")
+    if "cpu.max" not in held:
+        raise NotEnforced(held or limits["not_enforced"]["cpu_share"])
+    cores = float(held.partition("at most ")[2].split()[0])
+    code = """
+import os, time
+end = time.monotonic() + 3
+for _ in range(2): os.fork()
+while time.monotonic() < end: pass
+try:
+    while True: os.wait()
+except ChildProcessError: pass
+"""
+    result = target.python(code, timeout=15)
+    need(result["status"] == "ok" and result["cpu_ms"] < 1.3 * cores * result["duration_ms"], result)
+    return f"{result['cpu_ms']} ms of CPU in {result['duration_ms']} ms, {held}"

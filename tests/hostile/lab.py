@@ -1,6 +1,6 @@
 """The hostile suite against lab hosts that are made for it, with each backend, through the real proxy.
 
-    python -m tests.hostile.lab [--kind nspawn|uml] [--suite SUITE] [--backend NAME]… [--memory 64M] [CASE…]
+    python -m tests.hostile.lab [--kind nspawn|uml] [--suite SUITE] [--backend NAME]… [--memory 64M] [--cpus 0.5] [CASE…]
 
 Boots a host, installs Nox on it by playbooks/install.yml, once for each backend, attacks, and prints one table. The
 host goes in the end. Exit codes: 0 all passed, 1 some failed, 4 such hosts are not possible on this machine.
@@ -39,7 +39,8 @@ def main() -> int:
         inventory = Path(place, "inventory")
         try:
             for backend in options.backend or BACKENDS:
-                settings = {"nox_backend": backend, **({"nox_memory": options.memory} if options.memory else {})}
+                limits = {"nox_memory": options.memory, "nox_cpus": options.cpus}
+                settings = {"nox_backend": backend, **{name: value for name, value in limits.items() if value}}
                 with installed(lab, inventory, settings, options.kind, options.suite, stays=True) as nox:
                     url, token, ca = nox
                     served = Target(url, token.read_text(), str(ca)).health()["runner"]["backend"]
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--suite", default="auto", help="see `python -m lab up --help`")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="only this one; may be repeated")
     parser.add_argument("--memory", help="nox_memory of the installation")
+    parser.add_argument("--cpus", help="nox_cpus of the installation")
     parser.add_argument("case", nargs="*", help="only these numbers")
     return parser.parse_args()
 
