@@ -15,6 +15,12 @@ from nox_runner import systemd
 STORED = "connection"
 """The name of handed-on connections in systemd's descriptor store."""
 _HEADER_SECONDS = 5.0
+_MAX_HEAD = 64 << 10
+"""Bytes of a request's line and headers. They are kept before anybody has shown a token."""
+_HEAD_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Connection(HttpToolsProtocol):
         self._handover = handover
         self._in_request = False
         """Between the first byte of a request and its last."""
+        self._head: int | None = None
+        """Bytes that came of a head that has begun, without its first piece; None if none has."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Also of one that was accepted just before the stop, and comes after it."""
@@ -52,13 +60,25 @@ class Connection(HttpToolsProtocol):
         if self._handover.begun:
             self.shutdown()
 
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol; no head may be without end."""
+        before = self._head
+        super().data_received(data)
+        if before is not None and self._head == before:
+            self._head += len(data)
+            if self._head > _MAX_HEAD and not self.transport.is_closing():
+                self.transport.write(_HEAD_TOO_LARGE)
+                self.transport.close()
+
     def on_message_begin(self) -> None:
         """See httptools."""
         self._in_request = True
+        self._head = 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """See httptools."""
+        self._head = None
         super().on_headers_complete()
         if self._handover.begun:
             self.cycle.keep_alive = False

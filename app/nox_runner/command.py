@@ -102,6 +102,8 @@ class Command:
         for name in ROOTS:
             options += _root(name)
         options += ["--proc", "/proc", "--dev", "/dev"]
+        # bubblewrap's own init can be written to through its memory's file: so that is covered.
+        options += ["--tmpfs", "/proc/1", "--remount-ro", "/proc/1"]
         for path in ("/etc", "/run", "/var"):
             options += _directory(path)
         for path in tmpfs.PATHS:
@@ -151,6 +153,8 @@ def environment(sandbox: str) -> dict[str, str]:
         "HOME": sandbox,
         "LANG": "C.UTF-8",
         "PATH": _PATH,
+        # HOME is shared: what one run leaves there must not begin every later interpreter.
+        "PYTHONNOUSERSITE": "1",
         "TMPDIR": "/tmp",
         "USER": _user(),
     }

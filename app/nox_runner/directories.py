@@ -93,7 +93,7 @@ def _failure(error: OSError, name: str) -> Failure:
         return Failure("exists", f"{name!r} exists")
     if error.errno == errno.ENOTEMPTY:
         return Failure("not_empty", f"{name!r} is a directory that is not empty")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EAGAIN):
         return Failure("denied", f"{name!r}: {error.strerror}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Failure("no_space", f"{name!r}: {error.strerror}")

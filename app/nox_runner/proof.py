@@ -21,7 +21,10 @@ _TIMEOUT = 10.0
 _PROGRAM = inspect.getsource(probe).encode()
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 _HOSTS_OWN = ("/tmp", "/dev/shm")
-_ENVIRONMENT = ("HOME", "LANG", "LC_CTYPE", "NOX_RUN_ID", "PATH", "PWD", "TMPDIR", "USER")
+_ENVIRONMENT = (
+    *("HOME", "LANG", "LC_CTYPE", "NOX_RUN_ID", "PATH", "PWD"),
+    *("PYTHONNOUSERSITE", "TMPDIR", "USER"),
+)
 
 
 class Proof:

@@ -16,37 +16,36 @@ from contextlib import contextmanager
 from nox_runner.zygote import kernel
 
 _NAMES = """
-    _llseek _newselect accept accept4 access alarm arch_prctl bind brk cachestat capget capset
-    chdir chmod chown clock_getres clock_gettime clock_nanosleep close close_range connect
-    copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old
-    epoll_pwait epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit
-    exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
-    fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs
-    fsync ftruncate futex futex_requeue futex_wait futex_waitv futex_wake futimesat get_mempolicy
-    get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid getgid
-    getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
-    getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr
-    inotify_add_watch inotify_init inotify_init1 inotify_rm_watch ioctl ioprio_get kill
-    landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lgetxattr link linkat
-    listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise map_shadow_stack mbind
-    membarrier memfd_create mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect
-    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl
-    msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep newfstatat open openat openat2
-    pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll
-    prctl pread64 preadv preadv2 process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead
-    readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename
-    renameat renameat2 restart_syscall riscv_flush_icache rmdir rseq rt_sigaction rt_sigpending
-    rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo
-    sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam
-    sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam
-    sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop sendfile sendmmsg
-    sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid setfsuid
-    setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit
+    _llseek _newselect accept accept4 access alarm arch_prctl bind brk cachestat capget capset chdir
+    chmod chown clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range
+    creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2
+    epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2
+    fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr
+    flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex futex_requeue
+    futex_wait futex_waitv futex_wake futimesat get_mempolicy get_robust_list get_thread_area getcpu
+    getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid
+    getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
+    getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
+    inotify_init1 inotify_rm_watch ioctl ioprio_get kill landlock_add_rule landlock_create_ruleset
+    landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr
+    lseek lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir
+    mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open
+    mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock
+    munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open pidfd_send_signal
+    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2
+    process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv
+    recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall
+    riscv_flush_icache rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo
+    rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max
+    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
+    sched_rr_get_interval sched_yield seccomp select semctl semget semop semtimedop sendfile
+    sendmmsg sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid
+    setfsuid setgid setgroups setitimer setpgid setregid setresgid setresuid setreuid setrlimit
     setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd
     signalfd4 splice stat statfs statx symlink symlinkat sync_file_range syncfs sysinfo tee tgkill
     time timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create
-    timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime
-    utimensat utimes vfork vmsplice wait4 waitid write writev
+    timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat
+    utimes vfork vmsplice wait4 waitid write writev
 """
 
 # What the init of the zygote's sandboxes does: wait, report, end; and what an interpreter does
@@ -93,6 +92,12 @@ _CONDITIONAL: dict[str, tuple[tuple[_Compare, ...], ...]] = {
     "personality": ((_Compare(0, _EQUAL, 0),), (_Compare(0, _EQUAL, 0xFFFFFFFF),)),
     # Only its own: the limits of the sandbox's init are not a run's to change.
     "prlimit64": ((_Compare(0, _EQUAL, 0),),),
+    # Only its own: else a run could keep the sandbox's init from the cores it needs to end the run.
+    **{
+        f"sched_set{what}": ((_Compare(0, _EQUAL, 0),),)
+        for what in ("affinity", "attr", "param", "scheduler")
+    },
+    "setpriority": ((_Compare(0, _EQUAL, 0), _Compare(1, _EQUAL, 0)),),
     "socket": (
         *((_Compare(0, _EQUAL, family),) for family in (_UNIX, _INET, _INET6)),
         (_Compare(0, _EQUAL, _NETLINK), _Compare(2, _EQUAL, _NETLINK_ROUTE)),

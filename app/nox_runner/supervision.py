@@ -294,8 +294,8 @@ class Supervision:
             status = "output_limit"
         elif told in (None, 128 + signal.SIGKILL) and self._group and self._group.out_of_memory():
             status = "memory_limit"
-        elif told is None:
-            status = "sandbox_error"  # bubblewrap ended before the program began
+        elif told is None or not 0 <= told <= 255:
+            status = "sandbox_error"  # bubblewrap ended before the program began, or is not itself
         elif told - 128 in _DEADLY:
             status, died_of = "error", told - 128
         else:

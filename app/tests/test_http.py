@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -284,3 +285,32 @@ def test_a_client_that_leaves_in_the_middle_of_a_body(nox: Service) -> None:
             connection.sendall(head.encode())
         wait_for(lambda path=path: f'"path": "{path}", "status": 499' in nox.front_log(), "the log")
     assert (nox.logs / "error.log").read_text() == errors
+
+
+def test_a_head_without_end(nox: Service) -> None:
+    """Refused while it comes, and before anybody has shown a token."""
+    lines = b"X: y\r\n" * 100_000
+    try:
+        answer = raw(nox, b"GET /health HTTP/1.1\r\nHost: x\r\n" + lines)
+    except (BrokenPipeError, ConnectionResetError):
+        answer = b"HTTP/1.1 431 "  # it was still being sent
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert nox.python("print(1)")["stdout"] == "1\n"
+
+
+def test_a_large_body_after_a_small_head(nox: Service) -> None:
+    assert nox.python("print(1)  #" + "x" * 1_000_000)["stdout"] == "1\n"
+
+
+def test_a_file_that_a_run_holds_a_lease_on(nox: Service) -> None:
+    hold = (
+        "import fcntl, os, time\nf = os.open('leased', os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK)\nopen('held', 'w').close()\ntime.sleep(9)"
+    )
+    with ThreadPoolExecutor(1) as pool, nox.client() as client:
+        run = pool.submit(nox.python, hold, timeout=5)
+        wait_for(lambda: client.get("/files/held").status_code == 200, "the lease")
+        assert client.get("/files/leased").status_code == 403
+        run.result()
+        for name in ("leased", "held"):
+            assert client.delete(f"/files/{name}").status_code == 204

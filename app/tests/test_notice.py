@@ -86,3 +86,48 @@ def test_exits_without_end_harm_the_program_alone(nox: Service) -> None:
     text = "    pid = os.fork()\n    if not pid: leave(1)\n    os.waitpid(pid, 0)\nprint('done')"
     result = nox.python(f"{_MARKED}for _ in range(200):\n{text}")
     assert (result["status"], result["stdout"]) == ("ok", "done\n")
+
+
+def test_a_program_that_may_yet_go_on_is_not_taken_as_ended(nox: Service) -> None:
+    """A signal that is not blocked interrupts its last call, and a handler runs."""
+    text = (
+        "import signal\n"
+        "def late(*_):\n    while True: open('late', 'w').write(str(time.time()))\n"
+        "signal.signal(signal.SIGALRM, late)\nopen('late', 'w').close()\n"
+        "signal.setitimer(signal.ITIMER_REAL, {seconds})\nwhile True: leave(0)"
+    )
+    for seconds in (0.0002, 0.0004, 0.0006, 0.0008, 0.001, 0.0015):
+        nox.post("/run_py", code=_MARKED + text.format(seconds=seconds), timeout=1)
+        found = [nox.python("print(open('late').read())")["stdout"] for _ in range(2)]
+        assert found[0] == found[1]
+    nox.python("import os; os.remove('late')")
+
+
+def test_the_sandboxs_init_is_out_of_reach(nox: Service) -> None:
+    """Or a run could keep it from ending the run, or have it report what it likes."""
+    result = nox.python(
+        "import os\ndef tried(what, *given):\n    try: what(*given); return 'done'\n"
+        "    except OSError as error: return type(error).__name__\n"
+        "print(tried(os.setpriority, os.PRIO_PROCESS, 1, 19),\n"
+        "      tried(os.setpriority, os.PRIO_USER, 0, 19),\n"
+        "      tried(os.sched_setscheduler, 1, os.SCHED_IDLE, os.sched_param(0)),\n"
+        "      tried(os.sched_setaffinity, 1, {0}),\n"
+        "      tried(open, '/proc/1/mem', 'r+b'), tried(os.setpriority, os.PRIO_PROCESS, 0, 1),\n"
+        "      tried(os.sched_setaffinity, 0, os.sched_getaffinity(0)))"
+    )
+    *barred, nice, own = result["stdout"].split()
+    assert barred[:4] == ["PermissionError"] * 4
+    assert barred[4] in ("PermissionError", "FileNotFoundError")
+    assert (nice, own) == ("done", "done")
+
+
+def test_what_a_run_leaves_in_its_home_does_not_begin_later_interpreters(nox: Service) -> None:
+    plant = (
+        "import os, sys\nplace = os.path.join(os.environ['HOME'], '.local/lib', "
+        "'python%d.%d' % sys.version_info[:2], 'site-packages')\n"
+        "os.makedirs(place)\nopen(place + '/usercustomize.py', 'w').write('print(666)')\n"
+        "open(place + '/x.pth', 'w').write('import sys; print(667)')"
+    )
+    assert nox.python(plant)["status"] == "ok"
+    assert nox.shell("python3 -c 'print(1)'")["stdout"] == "1\n"
+    nox.shell("rm -r .local")

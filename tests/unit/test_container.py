@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -10,10 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILDING = {"mount", "mount_setattr", "pivot_root", "sethostname", "umount2", "unshare"}
 
 
-def test_the_profile_follows_the_runners_own_filter():
-    spec = importlib.util.spec_from_file_location("seccomp", ROOT / "app/nox_runner/seccomp.py")
-    seccomp = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(seccomp)
+def test_the_profile_follows_the_runners_own_filter(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "app")
+    seccomp = importlib.import_module("nox_runner.seccomp")
     profile = json.loads((ROOT / "container/seccomp.json").read_text())
     assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
     (allowed,) = [rule for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW"]

@@ -33,7 +33,7 @@ READY = struct.Struct("=q")
 if there is one: the listener, and what NOTICE_FILES names."""
 JOB = struct.Struct("=I")
 """Length of the JSON text of a job; with it come the descriptors."""
-NOTICE_FILES = ("thread-self/children", "1/task/1/children", "self/stat", "self/status")
+NOTICE_FILES = ("self/status", "thread-self/children", "1/task/1/children", "self/stat")
 """Below /proc: what tells, at its exit, whether the program is alone, and what it has used."""
 SEALED = b"S"
 """Comes through the report's pipe when the init has given up its privileges."""

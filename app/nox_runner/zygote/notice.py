@@ -18,12 +18,15 @@ from dataclasses import dataclass
 COUNT = 5
 """Descriptors: the listener, and those that child.NOTICE_FILES names."""
 
-_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
+# SECCOMP_IOCTL_NOTIF_RECV, _SEND, _ID_VALID
+_RECEIVE, _SEND, _VALID = 0xC0502100, 0xC0182101, 0x40082102
 _NOTICE = struct.Struct("=QII iIQ6Q")
 """struct seccomp_notif: id, pid, flags; call, processor, address, arguments."""
 _ANSWER = struct.Struct("=QqiI")
 """struct seccomp_notif_resp: id, value, error, flags."""
 _CONTINUE = 1
+_BLOCKABLE = (1 << 64) - 1 & ~sum(1 << number - 1 for number in (9, 19, 32, 33))
+"""All signals but SIGKILL, SIGSTOP, and the two that the C library keeps for itself."""
 _CPUCLOCK_SCHED = 2
 _SIZE = 8192
 
@@ -59,7 +62,7 @@ class Notice:
         except OSError:
             return None  # a signal has ended it meanwhile
         number, told, *_, code, _, _, _, _, _ = _NOTICE.unpack(notice)
-        if told == pid and (found := self._exit(pid, code & 0xFF)):
+        if told == pid and (found := self._exit(pid, code & 0xFF)) and self._waits(number):
             return found
         with suppress(OSError):  # likewise
             fcntl.ioctl(self.listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, _CONTINUE)))
@@ -70,17 +73,32 @@ class Notice:
         for descriptor in (self.listener, *self._files):
             os.close(descriptor)
 
-    def _exit(self, pid: int, code: int) -> Exit | None:
-        """None if other threads or processes are there, or children's use has to be added up."""
+    def _waits(self, number: int) -> bool:
+        """Whether the process still stands in that call."""
         try:
-            # In this order: what its children leave behind comes to the init.
-            children, of_init, stat, status = (os.pread(file, _SIZE, 0) for file in self._files)
-            fields = stat.rpartition(b")")[2].split()
-            threads, faults_of_children = int(fields[17]), int(fields[8])
-            if children or of_init.split() != [b"2"] or threads != 1 or faults_of_children:
+            fcntl.ioctl(self.listener, _VALID, struct.pack("=Q", number))
+        except OSError:
+            return False
+        return True
+
+    def _exit(self, pid: int, code: int) -> Exit | None:
+        """None if others are there, it may yet go on, or children's use is to be added up."""
+        try:
+            # In this order: a thread that ends leaves its children to the other one, and a child
+            # that ends leaves its own to the init.
+            status, children, of_init, stat = (os.pread(file, _SIZE, 0) for file in self._files)
+            told = dict(line.split(b":", 1) for line in status.splitlines())
+            faults_of_children = int(stat.rpartition(b")")[2].split()[8])
+            if (
+                int(told[b"Threads"]) != 1
+                # A signal would interrupt the call, and have a handler run.
+                or int(told[b"SigBlk"], 16) & _BLOCKABLE != _BLOCKABLE
+                or children
+                or of_init.split() != [b"2"]
+                or faults_of_children
+            ):
                 return None
-            _, _, peak = status.partition(b"VmHWM:")
             cpu = time.clock_gettime_ns((~pid << 3) | _CPUCLOCK_SCHED)
-            return Exit(code, cpu // 1000, int(peak.split(maxsplit=1)[0]))
-        except (OSError, ValueError, IndexError):
+            return Exit(code, cpu // 1000, int(told[b"VmHWM"].split()[0]))
+        except (OSError, ValueError, LookupError):
             return None
