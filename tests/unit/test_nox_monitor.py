@@ -202,7 +202,7 @@ def test_a_huge_sandbox_is_counted_in_part_and_says_so(tmp_path: Path, monkeypat
     monkeypatch.setattr(monitor, "MAX_ENTRIES", 3)
     disk = monitor.disk_use(monitor.Host(tmp_path), "/box")
     assert not disk.complete
-    assert "at least" in monitor.render_disk(disk)
+    assert "at least" in monitor.render_disk(disk)[0]
 
 
 # --- health and ticks ---
