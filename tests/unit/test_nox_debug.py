@@ -567,7 +567,7 @@ def test_units(host: FakeHost, changes: dict[str, str], check: str, state: str, 
     assert found.state == state
     assert said in found.detail
     if "start limit" in said:
-        assert found.help == "sudo systemctl reset-failed nox-api.service"
+        assert found.help == "sudo systemctl reset-failed nox-api.service && sudo systemctl start nox-api.service"
         assert "no token" in found.cause
 
 
