@@ -156,8 +156,8 @@ SYMPTOMS = {
     "units.front/starting": override("ExecStart=\\nExecStart=/bin/sleep 300", "restart --no-block"),
     "units.front/looping": override("ExecStart=\\nExecStart=/bin/false\\nRestartSec=300"),
     "units.front/limit": Symptom(
-        "chmod 000 /opt/nox/releases; systemctl restart nox-api; for n in $(seq 12); do systemctl start nox-api; done; "
-        "chmod 755 /opt/nox/releases; systemctl is-failed nox-api"
+        f"mkdir {UNIT}.d; printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > {OVERRIDE}; systemctl daemon-reload; "
+        f"systemctl stop nox-api; for n in $(seq 12); do systemctl start nox-api; done; rm -r {UNIT}.d; systemctl daemon-reload"
     ),
     "units.front/failed": override("ExecStart=\\nExecStart=/bin/false\\nRestart=no"),
     "units.front/flapping": Symptom(
