@@ -19,7 +19,7 @@ _log = logging.getLogger("nox.start")
 
 
 def main() -> int:
-    """Serve until stopped. Exit code 0 after a stop, 78 if the settings are unusable, 1 if it could not start."""
+    """Serve until stopped. Exit code 0 after a stop, 78 for bad settings, else 1."""
     # A reload that comes before there is anything to reload would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     arguments = _arguments()

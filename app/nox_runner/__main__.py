@@ -23,7 +23,7 @@ class _StartError(Exception):
 
 
 def main() -> int:
-    """Run until stopped. Exit code 0 after a stop, 78 if the settings are unusable, 1 if it could not start."""
+    """Run until stopped. Exit code 0 after a stop, 78 for bad settings, else 1."""
     arguments = _arguments()
     try:
         if os.getuid() == 0:
