@@ -156,10 +156,9 @@ SYMPTOMS = {
     "units.front/starting": override("ExecStart=\\nExecStart=/bin/sleep 300", "restart --no-block"),
     "units.front/looping": override("ExecStart=\\nExecStart=/bin/false\\nRestartSec=300"),
     "units.front/limit": Symptom(
-        f"mkdir {UNIT}.d; printf '[Unit]\\nStartLimitIntervalSec=3600\\nStartLimitBurst=2\\n[Service]\\nExecStart=\\nExecStart=/bin/false\\n' "
-        f"> {OVERRIDE}; systemctl daemon-reload; systemctl stop nox-api; "
-        "until systemctl show -p Result nox-api | grep -q start-limit-hit; do systemctl start nox-api; done; "
-        f"rm -r {UNIT}.d; systemctl daemon-reload"
+        f"mkdir {UNIT}.d; printf '[Unit]\\nStartLimitIntervalSec=3600\\nStartLimitBurst=3\\n[Service]\\nExecStart=\\nExecStart=/bin/false\\n' "
+        f"> {OVERRIDE}; systemctl daemon-reload; systemctl restart nox-api; "
+        f"until systemctl --quiet is-failed nox-api; do :; done; rm -r {UNIT}.d; systemctl daemon-reload"
     ),
     "units.front/failed": override("ExecStart=\\nExecStart=/bin/false\\nRestart=no"),
     "units.front/flapping": Symptom(

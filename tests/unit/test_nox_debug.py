@@ -690,6 +690,17 @@ def show(**changes: str) -> str:
             "7 times",
         ),
         ({"front_NRestarts": "2"}, "units.front", "warn", "restarted 2 times"),
+        (
+            {
+                "front_ActiveState": "failed",
+                "front_Result": "exit-code",
+                "front_NRestarts": "5",
+                "front_Restart": "always",
+            },
+            "units.front",
+            "fail",
+            "start limit",
+        ),
         ({"front_ActiveState": "activating", "front_SubState": "start"}, "units.front", "fail", "not ready yet"),
         (
             {"front_ActiveState": "failed", "front_Result": "exit-code", "front_ExecMainStatus": "78"},
