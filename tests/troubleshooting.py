@@ -348,8 +348,8 @@ def findings(document: str) -> set[str]:
 
 def follow(commands: tuple[str, ...], inventory: Path) -> str:
     """Do what the page says; what went wrong, "" if nothing."""
-    for command in commands:
-        verb = re.fullmatch(r"make (\w+)|ansible-playbook playbooks/(\w+)\.yml", command)
+    for command in (part for line in commands for part in line.split(" && ")):
+        verb = re.fullmatch(r"(?:sudo )?make (\w+)|ansible-playbook playbooks/(\w+)\.yml", command)
         if verb:
             playbook = f"playbooks/{verb[1] or verb[2]}.yml"
             words = (BIN / "ansible-playbook", "-i", inventory, playbook)
@@ -362,6 +362,11 @@ def follow(commands: tuple[str, ...], inventory: Path) -> str:
     return ""
 
 
+# What is being started is neither healthy nor ill.
+SETTLE = (
+    "for unit in nox-runner.socket nox-runner nox-api; do "
+    "timeout 60 sh -c 'while systemctl show -p ActiveState $0 | grep -q activating; do sleep 0.1; done' $unit; done"
+)
 # As if an hour had passed: nothing of a symptom is left in the logs, and no restart is counted.
 FORGET = (
     "journalctl --quiet --rotate --vacuum-size=1K; rm -f /var/log/nox-api/*.log.*; systemctl reset-failed; "
@@ -411,6 +416,7 @@ def try_round(entries: list[tuple[Entry, ...]], inventory: Path, release: str) -
             yield f"{pair[0].id}: {wrong}"
     if entries[0][0].mended_by_repair and (wrong := follow(("make repair",), inventory)):
         yield wrong
+    ssh(SETTLE)
     undo = [SYMPTOMS[pair[0].id].undo.format(release=release) for pair in entries]
     ssh("; ".join([*filter(None, undo), FORGET, EDITOR]))
     if left := findings(ssh("nox-debug --json").stdout):

@@ -260,7 +260,9 @@ def test_the_locale_decides(host: FakeHost, french: object, environment: dict[st
 def test_a_damaged_translation_leaves_english(host: FakeHost, damaged: str) -> None:
     host.write(debug.TRANSLATION.format(language="fr"), damaged)
     debug.speak(host.facts().host, {"LANG": "fr_FR.UTF-8"})
-    assert debug.say("config.token", "short", length=5, least=32).detail.startswith("5 characters, 32")
+    assert debug.say("config.token", "short", length=5, least=32, path=debug.CONFIG).detail.startswith(
+        "5 characters, 32"
+    )
     debug.speak(host.facts().host, {})
 
 
