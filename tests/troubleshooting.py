@@ -89,8 +89,9 @@ def certificate(start: str, end: str) -> Symptom:
     """A certificate of the operator's own in Caddy's site; as openssl 3.0 gives one that has ended."""
     return Symptom(
         "mkdir -p /root/ca; cd /root/ca; : > index; echo 01 > serial; "
-        "openssl req -newkey rsa:2048 -nodes -keyout key -out request -subj /CN=localhost 2> /dev/null; "
-        "printf '[a]\\ndefault_ca=b\\n[b]\\ndatabase=index\\nserial=serial\\nnew_certs_dir=.\\ndefault_md=sha256\\npolicy=p\\n"
+        "openssl req -newkey rsa:2048 -nodes -keyout key -out request -subj /CN=nox -addext subjectAltName=DNS:localhost,"
+        "DNS:$(hostname),IP:127.0.0.1,IP:$(hostname -I | cut -d' ' -f1) 2> /dev/null; "
+        "printf '[ca]\\ndefault_ca=b\\n[b]\\ndatabase=index\\nserial=serial\\nnew_certs_dir=.\\ndefault_md=sha256\\npolicy=p\\n"
         "copy_extensions=copy\\n[p]\\ncommonName=supplied\\n' > config; "
         f"openssl ca -batch -config config -selfsign -keyfile key -in request -out made -notext "
         f"-startdate {start} -enddate {end} 2> /dev/null; "
@@ -208,7 +209,7 @@ SYMPTOMS = {
     "proxy.site/both": Symptom("mkdir -p /etc/nginx/sites-enabled; touch /etc/nginx/sites-enabled/nox-api"),
     "proxy.service/down": Symptom("systemctl stop caddy"),
     "proxy.config/bad": Symptom(f"echo 'nonsense {{{{' >> {CADDY}"),
-    "proxy.https/unverified": certificate(moment(-1), moment(90)),
+    "proxy.https/unverified": certificate(moment(-90), moment(-3)),
     "proxy.https/status": Symptom(STOPPED_RUNNER),
     "proxy.https/timeout": Symptom("systemctl stop nox-api"),
     "proxy.https/refused": Symptom("systemctl stop caddy"),
