@@ -115,7 +115,7 @@ STOPPED_RUNNER = "kill -STOP $(systemctl show -p MainPID --value nox-runner)"
 STOPPED_FRONT = "kill -STOP $(systemctl show -p MainPID --value nox-api)"
 MANIFEST = (
     "import json; path = '/opt/nox/manifest.json'; known = json.load(open(path)); "
-    "last = known['activations'][-1]; last.update(since='2020-01-01T00:00:00Z', healthy=''); json.dump(known, open(path, 'w'))"
+    "known[-1].update(since='2020-01-01T00:00:00Z', healthy=''); json.dump(known, open(path, 'w'))"
 )
 # Two runs of 30 s, where one may run and one may wait.
 BUSY = (
@@ -145,7 +145,7 @@ SYMPTOMS = {
     "release.python/missing": Symptom("rm -r /opt/nox/current/venv"),
     "release.python/packages": Symptom("rm -r /opt/nox/current/venv/lib/python3*/site-packages/uvicorn*"),
     "release.python/broken": Symptom(
-        "echo nonsense > $(echo /opt/nox/current/venv/lib/python3*/site-packages/uvicorn/__init__.py)"
+        "cd /opt/nox/current/venv/lib/python3*/site-packages/uvicorn; rm -r __pycache__; echo nonsense > __init__.py"
     ),
     "release.manifest/unhealthy": Symptom(f'python3 -c "{MANIFEST}"'),
     "release.manifest/broken": Symptom("echo '{{' > /opt/nox/manifest.json"),
