@@ -26,9 +26,9 @@ from tests.on_hosts import BIN, ROOT, lab, run
 LAB = "guides"
 SERVER, REMOTE = "server", "run1"  # the one installs itself, the other is installed over ssh
 # In the order a reader goes: later pages use the hosts that `install` has made.
-PAGES = ("quickstart", "install", "api", "tokens", "proxies", "troubleshooting")
+PAGES = ("quickstart", "install", "api", "tokens", "proxies", "troubleshooting", "troubleshooting.fr")
 BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>run: (?:control|host|client)|not run: [^>]+|shows) -->\n)?"
+    r"(?:<!-- (?P<mark>run: (?:control|host|client)|not run: [^>]+|shows|says: [^>]+|do) -->\n)?"
     r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -52,8 +52,8 @@ def blocks(page: str) -> Iterator[Block]:
     for block, following in zip(found, [*found[1:], None], strict=True):
         line = source[: block.start("text")].count("\n") + 1
         mark = block["mark"] or ""
-        if mark == "shows":
-            continue
+        if mark in ("shows", "do") or mark.startswith("says: "):
+            continue  # says, do: a symptom and what helps, which tests/troubleshooting.py tries
         if not mark:
             sys.exit(f"docs/{page}.md:{line}: a block without a mark: run: …, or not run: and the reason")
         shows = following if following and following["mark"] == "shows" else None
@@ -118,6 +118,11 @@ def alike(wanted: Any, got: Any, place: str = "") -> str:
     return "" if wanted == got else f"{place} is {got!r}, the page says {wanted!r}"
 
 
+def matches(wanted: str, got: str) -> bool:
+    """Whether a line is as a page shows it, where "…" stands for anything."""
+    return bool(re.fullmatch(".*".join(re.escape(part) for part in wanted.split("…")), got))
+
+
 def compare(block: Block, output: str) -> str:
     """What is wrong with a block's output; "" if it is as the page shows."""
     if block.shown_as == "json":
@@ -126,7 +131,7 @@ def compare(block: Block, output: str) -> str:
         except ValueError as error:
             return f"not JSON: {error}"
     for wanted, got in zip(block.shows.splitlines(), output.splitlines(), strict=False):
-        if not re.fullmatch(".*".join(re.escape(part) for part in wanted.split("…")), got):
+        if not matches(wanted, got):
             return f"{got!r}, the page shows {wanted!r}"
     missing = len(block.shows.splitlines()) - len(output.splitlines())
     return f"{missing} lines fewer than shown" if missing > 0 else ""

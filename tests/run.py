@@ -40,6 +40,7 @@ ON_REQUEST = {
     "lifecycle": "tests/run.py lifecycle, 8 minutes",
     "acme": "tests/run.py acme, 5 minutes",
     "guides": "tests/run.py guides, 10 minutes",
+    "troubleshooting": "tests/run.py troubleshooting, 15 minutes",
     "container": "tests/run.py container, 6 minutes",
     "hostile": "tests/run.py hostile, 10 minutes",
 }
@@ -99,7 +100,15 @@ def ruff() -> None:
 
 def mypy() -> None:
     run("mypy", "lab", "playbooks/drift.py", "docs/generate.py", "docs/pages.py")
-    run("mypy", "tests/run.py", "tests/load.py", "tests/collection.py", "tests/guides.py", "tests/acme")
+    run(
+        "mypy",
+        "tests/run.py",
+        "tests/load.py",
+        "tests/collection.py",
+        "tests/guides.py",
+        "tests/troubleshooting.py",
+        "tests/acme",
+    )
     run("mypy", "tests/hostile", "tests/bench", "tests/container_deployment.py")
     run("mypy", "--python-version=3.11", "noxctl")
     for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
@@ -313,6 +322,7 @@ STEPS = (
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
+    Step("troubleshooting", "troubleshooting pages: each symptom, each advice", on_lab_hosts("tests.troubleshooting")),
     Step("container", "container deployment", containers()),
     Step("hostile", "46 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
@@ -378,7 +388,7 @@ def main(arguments: list[str]) -> int:
     if unknown := [word for word in wanted.groups if word not in groups]:
         parser.error(f"unknown: {' '.join(unknown)}; there are: {' '.join(groups)}")
     if wanted.list:
-        print("\n".join(f"{step.group:9} {step.name}" for step in STEPS))
+        print("\n".join(f"{step.group:15} {step.name}" for step in STEPS))
         return 0
     chosen = wanted.groups or [group for group in groups if group not in ON_REQUEST]
     outcomes = run_all([step for step in STEPS if step.group in chosen], max(1, wanted.jobs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -18,7 +19,7 @@ _log = logging.getLogger("nox.start")
 
 
 def main() -> int:
-    """Serve until stopped. Exit code 0 after a stop, 1 if it could not start."""
+    """Serve until stopped. Exit code 0 after a stop, 78 for bad settings, else 1."""
     # A reload that comes before there is anything to reload would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     arguments = _arguments()
@@ -28,7 +29,7 @@ def main() -> int:
         current = settings.load(arguments.settings)
     except (SettingsError, OSError) as error:
         _log.error("start_failed", extra={"fields": {"reason": str(error)}})
-        return 1
+        return os.EX_CONFIG if isinstance(error, SettingsError) else 1
     log.set_level(current.log_level)
     app = create_app(current, RunnerClient(arguments.runner_socket), arguments.history_dir)
     return 0 if serve(app, arguments.settings) else 1

@@ -23,7 +23,7 @@ class _StartError(Exception):
 
 
 def main() -> int:
-    """Run until stopped. Exit code 0 after a stop, 1 if it could not start."""
+    """Run until stopped. Exit code 0 after a stop, 78 for bad settings, else 1."""
     arguments = _arguments()
     try:
         if os.getuid() == 0:
@@ -38,7 +38,7 @@ def main() -> int:
         orphans.adopt()
     except (_StartError, SettingsError, OSError, ValueError) as error:
         log("error", "start_failed", reason=str(error))
-        return 1
+        return os.EX_CONFIG if isinstance(error, SettingsError) else 1
     _raise_open_files()
     os.umask(0o022)
     service: Service | None = None

@@ -320,7 +320,7 @@ def test_the_front_refuses_bad_settings(own: Make) -> None:
         as_user(sys.executable, "-m", "nox_api", "--settings", str(nox.front_settings)),
         cwd=APP, env=environment(), capture_output=True, text=True, timeout=20,
     )  # fmt: skip
-    assert started.returncode == 1
+    assert started.returncode == os.EX_CONFIG, "systemd is told to try no more"
     reason = json.loads(started.stderr.splitlines()[-1])["reason"]
     assert "NOX_API_TOKEN" in reason and "openssl rand -hex 32" in reason
     assert nox.token not in started.stderr

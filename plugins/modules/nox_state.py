@@ -170,6 +170,7 @@ PATHS: dict[str, tuple[str, bool]] = {
     "/usr/local/bin/nox-debug": ("nox_tools", True),
     "/usr/local/bin/nox-monitor": ("nox_tools", True),
     "/usr/local/share/nox": ("nox_tools", False),
+    "/usr/local/share/nox/nox-debug.fr": ("nox_tools", True),
     "/usr/local/share/nox/tests": ("nox_tools", False),
     **{
         f"/usr/local/share/nox/tests/{name}": ("nox_tools", True)

@@ -177,6 +177,146 @@ def test_every_finding_has_a_state_and_wrong_ones_a_cause() -> None:
             assert bool(text.cause) == (text.state in ("warn", "fail")), (check, name)
 
 
+# --- other languages ---
+
+FRENCH = SCRIPT.with_name("nox-debug.fr")
+
+
+@pytest.fixture
+def french(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Speak French as on a host with a French locale."""
+    host.write(debug.TRANSLATION.format(language="fr"), FRENCH.read_text())
+    debug.speak(host.facts().host, {"LANG": "fr_FR.UTF-8"})
+    yield debug.TEXTS
+    debug.speak(host.facts().host, {})
+
+
+def fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def test_french_has_every_topic_outcome_and_placeholder_and_no_others() -> None:
+    french = debug.read_texts(FRENCH.read_text())
+    assert list(french) == list(debug.ENGLISH)
+    for check, (title, outcomes) in debug.ENGLISH.items():
+        assert fields(french[check].title) == fields(title), check
+        assert list(french[check].outcomes) == list(outcomes), check
+        for name, text in outcomes.items():
+            found = french[check].outcomes[name]
+            assert found.state == text.state, (check, name)
+            assert fields(found.detail) == fields(text.detail), (check, name)
+            assert fields(found.cause) == fields(text.cause), (check, name)
+            assert bool(found.cause) == bool(text.cause), (check, name)
+            assert not found.help, "commands are the same in every language: they stand in the English table alone"
+
+
+def test_all_of_french_is_spoken(french: dict[str, Any]) -> None:
+    written = debug.read_texts(FRENCH.read_text())
+    for check, (title, outcomes) in written.items():
+        assert french[check].title == title
+        for name, text in outcomes.items():
+            spoken = french[check].outcomes[name]
+            assert spoken == text._replace(help=debug.ENGLISH[check].outcomes[name].help), (check, name)
+
+
+def test_french_has_a_no_break_space_before_double_punctuation() -> None:
+    for line in FRENCH.read_text().splitlines():
+        text = line.partition(" | ")[2]
+        assert not re.search(r" [:;?!%]|\w[;?!]", text), line
+
+
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [
+        ({}, "try"),
+        ({"LANG": "fr_FR.UTF-8"}, "essayez"),
+        ({"LANG": "fr"}, "essayez"),
+        ({"LANG": "fr_CA@euro"}, "essayez"),
+        ({"LC_MESSAGES": "fr_BE.utf8", "LANG": "en_US.UTF-8"}, "essayez"),
+        ({"LC_ALL": "C.UTF-8", "LC_MESSAGES": "fr_FR", "LANG": "fr_FR"}, "try"),
+        ({"LC_ALL": "", "LANG": "fr_FR"}, "essayez"),
+        ({"LANG": "de_DE.UTF-8"}, "try"),
+        ({"LANG": "frp_IT"}, "try"),
+        ({"LANG": "../../etc/fr"}, "try"),
+        ({"LANG": "POSIX"}, "try"),
+    ],
+)
+def test_the_locale_decides(host: FakeHost, french: object, environment: dict[str, str], word: str) -> None:
+    debug.speak(host.facts().host, environment)
+    assert debug.phrase("report.help", text="x").startswith(word)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "",
+        "nonsense\n  without | a | topic\n",
+        "config.token | Token\n  fail short | {length.__class__} {least}\n",
+        "config.token | Token\n  fail short | {length {least}\n",
+        "config.token | Token\n  = nothing.there\n",
+        "config.token | Token\n",
+    ],
+)
+def test_a_damaged_translation_leaves_english(host: FakeHost, damaged: str) -> None:
+    host.write(debug.TRANSLATION.format(language="fr"), damaged)
+    debug.speak(host.facts().host, {"LANG": "fr_FR.UTF-8"})
+    assert debug.say("config.token", "short", length=5, least=32, path=debug.CONFIG).detail.startswith(
+        "5 characters, 32"
+    )
+    debug.speak(host.facts().host, {})
+
+
+def test_json_has_english_keys_and_french_messages(
+    host: FakeHost, french: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LC_ALL", "fr_FR.UTF-8")
+    assert debug.main(["--json"], host.facts().host) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["verdict"] == "not installed"
+    (check,) = document["checks"]
+    assert (check["id"], check["outcome"], check["state"]) == ("install.present", "missing", "fail")
+    assert check["cause"] == "Nox n'a jamais été installé ici"
+    assert check["help"] == "make install"
+    debug.main([], host.facts().host)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("non installé\u00a0: échecs 1")
+
+
+def test_usage_is_french_too(
+    host: FakeHost, french: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LANG", "fr_FR.UTF-8")
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.delenv("LC_MESSAGES", raising=False)
+    for arguments, said in (
+        (["-h"], "affiche cette aide"),
+        (["--lines"], "--lines attend une valeur"),
+        (["x"], "x ne fait pas"),
+    ):
+        with pytest.raises(SystemExit):
+            debug.main(arguments, host.facts().host)
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err
+        assert (captured.out + captured.err).startswith("usage\u00a0: nox-debug")
+
+
+def test_a_terminal_that_cannot_show_a_letter_is_shown_the_rest() -> None:
+    words = [sys.executable, "-I", str(SCRIPT), "logs", "--lines", "1"]
+    ended = subprocess.run(words, capture_output=True, env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}, check=False)
+    assert ended.returncode in (0, 3) and ended.stderr == b""
+
+
+def test_a_long_finding_hangs_on_a_terminal_and_stays_one_line_in_a_pipe() -> None:
+    checks = [debug.say("config.values", "bad", names=", ".join(["NOX_SLOTS=many"] * 12), path=debug.CONFIG)]
+    piped = debug.render(checks, "heading", colour=False)
+    shown = debug.render(checks, "heading", colour=False, columns=80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == piped.split()
+    assert next(line for line in piped.splitlines() if "not understood" in line).count("NOX_SLOTS") == 12
+
+
+# --- the documented problems ---
+
+
 def test_the_six_documented_problems_name_known_checks() -> None:
     assert [name for name in debug.ENGLISH if name.startswith("problem.")] == list(debug.PROBLEMS)
     assert len(debug.PROBLEMS) == 6
@@ -333,7 +473,7 @@ def test_tokens(host: FakeHost, token: str, state: str, said: str) -> None:
     assert found.state == state
     assert said in found.detail
     if token:
-        assert token not in str(found)
+        assert token not in str({**found.as_json(), "outcome": ""})
 
 
 @pytest.mark.parametrize(("mode", "state"), [(0o600, "ok"), (0o640, "warn"), (0o644, "fail"), (0o604, "fail")])
@@ -350,6 +490,7 @@ def test_modes_of_the_configuration(host: FakeHost, mode: int, state: str) -> No
         ("localhost", "8080", "ok", "8080"),
         ("::1", "8080", "ok", "8080"),
         ("0.0.0.0", "8080", "warn", "without TLS"),
+        ("192.0.2.1", "8080", "fail", "no address of this host"),
         ("127.0.0.1", "http", "fail", "NOX_PORT=http"),
         ("127.0.0.1", "99999", "fail", "NOX_PORT=99999"),
         ("nowhere", "8080", "fail", "NOX_BIND_ADDR=nowhere"),
@@ -551,6 +692,30 @@ def show(**changes: str) -> str:
             "7 times",
         ),
         ({"front_NRestarts": "2"}, "units.front", "warn", "restarted 2 times"),
+        (
+            {
+                "front_ActiveState": "failed",
+                "front_Result": "exit-code",
+                "front_NRestarts": "5",
+                "front_Restart": "always",
+            },
+            "units.front",
+            "fail",
+            "start limit",
+        ),
+        ({"front_ActiveState": "activating", "front_SubState": "start"}, "units.front", "fail", "not ready yet"),
+        (
+            {"front_ActiveState": "failed", "front_Result": "exit-code", "front_ExecMainStatus": "78"},
+            "units.front",
+            "fail",
+            "refuses its settings",
+        ),
+        (
+            {"front_ActiveState": "activating", "front_SubState": "auto-restart", "front_ExecMainStatus": "203"},
+            "units.front",
+            "fail",
+            "can't be started",
+        ),
         ({"front_LoadState": "masked"}, "units.front", "fail", "masked"),
         ({"front_LoadState": "not-found"}, "units.front", "fail", "no such unit"),
         ({"runner_ActiveState": "inactive"}, "units.runner", "ok", "idle"),
@@ -567,7 +732,7 @@ def test_units(host: FakeHost, changes: dict[str, str], check: str, state: str, 
     assert found.state == state
     assert said in found.detail
     if "start limit" in said:
-        assert found.help == "sudo systemctl reset-failed nox-api.service"
+        assert found.help == "sudo systemctl reset-failed nox-api.service && sudo systemctl start nox-api.service"
         assert "no token" in found.cause
 
 
@@ -794,6 +959,31 @@ def test_limits_that_the_host_cannot_hold_are_noted(
     assert all(f"{name} ({why})" in found.detail for name, why in missing.items())
     assert debug.exit_code(checks) == (debug.HEALTHY if state == "note" else debug.DEGRADED)
     assert ("healthy, with notes" in debug.render(checks, "here", colour=False)) == (state == "note")
+
+
+@pytest.mark.parametrize(("version", "state"), [(0, "note"), (1, "note"), (2, "warn"), (7, "warn")])
+def test_landlock_is_asked_of_the_kernel(
+    host: FakeHost, server: Server, monkeypatch: pytest.MonkeyPatch, version: int, state: str
+) -> None:
+    monkeypatch.setattr(debug, "landlock_version", lambda: version)
+    host.config(NOX_PORT=server.port)
+    server.detail = {"limits": {"enforced": {"cpu": "rlimit"}, "not_enforced": {"landlock": "none"}}}
+    assert host.find("health.limits", debug.check_health_detail).state == state
+
+
+def test_the_version_of_landlock_is_a_number_wherever_it_is_asked() -> None:
+    assert 0 <= debug.landlock_version() < 100
+
+
+@pytest.mark.parametrize(
+    ("used", "files", "outcome"), [(0, 0, "ok"), (950, 0, "low"), (1000, 0, "full"), (0, 92, "low"), (1200, 5, "full")]
+)
+def test_the_sandbox_quota(host: FakeHost, server: Server, used: int, files: int, outcome: str) -> None:
+    host.config(NOX_PORT=server.port)
+    server.detail = {"sandbox": {"bytes": used, "quota_bytes": 1000, "files": files, "quota_files": 100}}
+    found = host.find("health.quota", debug.check_health_detail)
+    assert found.outcome == outcome
+    assert f"{files} of 100 entries" in found.detail
 
 
 # --- proxy ---

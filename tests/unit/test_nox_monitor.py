@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -202,7 +203,7 @@ def test_a_huge_sandbox_is_counted_in_part_and_says_so(tmp_path: Path, monkeypat
     monkeypatch.setattr(monitor, "MAX_ENTRIES", 3)
     disk = monitor.disk_use(monitor.Host(tmp_path), "/box")
     assert not disk.complete
-    assert "at least" in monitor.render_disk(disk)
+    assert "at least" in monitor.render_disk(disk)[0]
 
 
 # --- health and ticks ---
@@ -290,6 +291,36 @@ def test_ticks_tell_what_is_new(tmp_path: Path, server: Server) -> None:
     screen = monitor.render(second)
     assert "429 0.25/s" in screen and "version 1.2.3" in screen and "broken" in screen
     assert TOKEN not in screen and "\x1b" not in screen
+
+
+# --- languages, and the terminal's size ---
+
+
+def test_french_has_every_phrase_with_its_placeholders() -> None:
+    assert list(monitor.FRENCH) == list(monitor.ENGLISH)
+    for name, text in monitor.ENGLISH.items():
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", monitor.FRENCH[name])), name
+        assert not re.search(r" [:;?!]", monitor.FRENCH[name]), name
+
+
+def test_the_locale_decides(tmp_path: Path) -> None:
+    watching = monitor.Monitor(monitor.Host(tmp_path), 10)
+    try:
+        monitor.speak({"LC_ALL": "fr_FR.UTF-8"})
+        screen = monitor.render(watching.tick())
+        assert "dernières erreurs\n  aucune" in screen and "exécutions  0,00/s" in screen
+        monitor.speak({"LC_ALL": "C", "LANG": "fr_FR.UTF-8"})
+        assert "last errors\n  none" in monitor.render(watching.tick())
+    finally:
+        monitor.speak({})
+
+
+def test_a_screen_is_cut_to_the_terminal() -> None:
+    text = "\n".join(["x" * 100, *map(str, range(50))])
+    lines = monitor.fit(text, os.terminal_size((80, 24))).splitlines()
+    assert len(lines) == 23
+    assert lines[0] == "x" * 79 + "…"
+    assert monitor.fit("short", os.terminal_size((80, 24))) == "short"
 
 
 # --- the program itself ---
