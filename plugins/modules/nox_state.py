@@ -222,7 +222,7 @@ HARDENED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "/etc/fail2ban/jail.d/nox.local": (("fail2ban",), ("fail2ban.service",)),
     "/etc/audit/rules.d/nox.rules": (("auditd",), ("auditd.service",)),
     "/etc/apt/apt.conf.d/52nox-updates": (
-        ("unattended-upgrades",),
+        ("unattended-upgrades", "needrestart"),
         ("apt-daily.timer", "apt-daily-upgrade.timer"),
     ),
     "/etc/systemd/system/nox-mounts.service": ((), ("nox-mounts.service",)),
