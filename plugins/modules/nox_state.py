@@ -222,7 +222,7 @@ HARDENED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "/etc/fail2ban/jail.d/nox.local": (("fail2ban",), ("fail2ban.service",)),
     "/etc/audit/rules.d/nox.rules": (("auditd",), ("auditd.service",)),
     "/etc/apt/apt.conf.d/52nox-updates": (
-        ("unattended-upgrades", "needrestart"),
+        ("unattended-upgrades",),
         ("apt-daily.timer", "apt-daily-upgrade.timer"),
     ),
     "/etc/systemd/system/nox-mounts.service": ((), ("nox-mounts.service",)),
@@ -910,6 +910,8 @@ def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
         moment = time.mktime(time.strptime(removed[-1], "%Y-%m-%d %H:%M:%S")) if removed else 0.0
     elif one.id == "path.owner" and any(part.isdigit() for part in one.found.split(":")):
         pass  # the account went, not the file
+    elif one.id == "mount.options":
+        pass  # nothing tells
     elif one.what.startswith("/") and one.owner != OPERATOR:
         path = Path(one.what.partition(":")[0])
         try:

@@ -82,7 +82,6 @@ LEFT_BY_PACKAGES = {
     "logrotate": (["/var/lib/logrotate"], ""),
     "fail2ban": (["/etc/fail2ban", "/var/lib/fail2ban", "/var/log/fail2ban.log"], ""),
     "auditd": (["/etc/audit", "/var/log/audit"], ""),
-    "needrestart": (["/etc/needrestart"], ""),
     "unattended-upgrades": (["/var/log/unattended-upgrades", "/var/lib/unattended-upgrades"], ""),
 }
 ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_MODE": "l"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ansible_collections.nox.platform.plugins.module_utils import brought_packages
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import parse_settings
-from ansible_collections.nox.platform.plugins.modules import nox_support, nox_token, nox_uninstall
+from ansible_collections.nox.platform.plugins.modules import nox_support, nox_token
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "0123456789abcdef" * 4, "fedcba9876543210" * 4

@@ -91,8 +91,8 @@ def test_sshd_is_stricter_and_lets_its_people_in(sites: list[Site]) -> None:
 def test_a_change_that_shuts_people_out_is_taken_back(sites: list[Site]) -> None:
     one = sites[0]
     before = one.run(f"cat {DROP_IN}")
-    # A user that nobody is: sshd finds nothing wrong with it, and lets no new login in.
-    shut = {"LogLevel": "VERBOSE", "AllowUsers": "nobody-at-all"}
+    # sshd finds nothing wrong with it, and lets nobody in.
+    shut = {"LogLevel": "VERBOSE", "AuthorizedKeysFile": "/nowhere"}
     output = play("harden", "--limit=nox1", nox_harden__sshd_always=shut, nox_harden_ssh_test_seconds=8, wanted=2)
     assert "sshd has its old ones again" in " ".join(output.split())
     assert one.login().returncode == 0
@@ -104,7 +104,7 @@ def test_a_change_that_shuts_people_out_is_taken_back(sites: list[Site]) -> None
 def test_a_change_that_nobody_confirms_is_taken_back_by_the_host(sites: list[Site]) -> None:
     one = sites[0]
     before = one.run(f"cat {DROP_IN}")
-    arguments = json.dumps({"settings": {"AllowUsers": "nobody-at-all"}, "header": "# a trial", "seconds": 15})
+    arguments = json.dumps({"settings": {"AuthorizedKeysFile": "/nowhere"}, "header": "# a trial", "seconds": 15})
     module = ["ansible", *INVENTORIES, "nox1", "-b", "-m", "nox.platform.nox_sshd", "-a", arguments]
     done = subprocess.run(module, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
