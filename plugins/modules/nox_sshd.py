@@ -131,7 +131,7 @@ def reload(module: AnsibleModule) -> None:
 def arm(module: AnsibleModule) -> None:
     """The way back that needs nobody's connection."""
     disarm(module)
-    back = f"if [ -s {BEFORE} ]; then cp -p {BEFORE} {DROP_IN}; else rm -f {DROP_IN}; fi; systemctl reload ssh.service"
+    back = f"if [ -s {BEFORE} ]; then cp -p {BEFORE} {DROP_IN}; else rm -f {DROP_IN}; fi; rm -f {BEFORE}; systemctl reload ssh.service"
     words = [f"--unit={TIMER}", f"--on-active={module.params['seconds']}", "--timer-property=AccuracySec=1s"]
     rc, _, err = module.run_command(["systemd-run", "--quiet", *words, "/bin/sh", "-c", back])
     if rc != 0:

@@ -840,7 +840,7 @@ def renewed(old: Record, new: Record, role: str) -> Record:
     """The old record with one role's part of the new one: the rest of the host isn't looked at, and may have drifted."""
 
     def part(entry: Any) -> bool:
-        return (entry["role"] if isinstance(entry, dict) else entry) == role
+        return bool((entry["role"] if isinstance(entry, dict) else entry) == role)
 
     merged = {**old, "hardening": new["hardening"]}
     for kind in ("paths", "packages", "units"):

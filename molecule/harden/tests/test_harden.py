@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,37 +31,23 @@ def until(asked: Callable[[], bool], what: str, seconds: int = 60) -> None:
 # ── The whole
 
 
-def test_lynis_finds_a_harder_host(sites: list[Site]) -> None:
-    one = sites[0]
-    one.run("apt-get -q -y install --no-install-recommends lynis")
-    one.host.run("lynis audit system --quick --no-colors --quiet")  # its status counts suggestions
-    INDEXES["hardened"] = int(one.run("sed -n s/^hardening_index=//p /var/log/lynis-report.dat"))
-    one.run("apt-get -q -y purge lynis && rm -rf /var/log/lynis.log /var/log/lynis-report.dat /etc/lynis")
-    for moment in ("fresh", "installed"):
-        INDEXES[moment] = int((INVENTORY / f".lynis-{moment}").read_text())
-    assert INDEXES["hardened"] >= LEAST_INDEX
-    assert INDEXES["hardened"] - INDEXES["fresh"] >= 15
-
-
 def test_the_service_is_well(sites: list[Site]) -> None:
     for one in sites:
-        assert "fail" not in one.run('nox-debug health --json | grep -o \'"status": "[a-z]*"\' | sort -u').lower()
-        status, result = one.ask("/run_py", one.token(), {"code": "import os; print(6 * 7, os.listdir('/home'))"})
-        assert (status, result["stdout"]) == (200, "42 []\n")
-        status, result = one.ask(
-            "/run_sh", one.token(), {"cmd": "echo '#!/bin/sh\necho ran' > /tmp/x; chmod +x /tmp/x; /tmp/x"}
-        )
-        assert (status, result["stdout"]) == (200, "ran\n"), "the /tmp of a run is its own"
+        code = "import os; print(6 * 7, os.access('/etc/default/nox-api', os.R_OK))"
+        status, result = one.ask("/run_py", one.token(), {"code": code})
+        assert (status, result["stdout"]) == (200, "42 False\n")
+        status, result = one.ask("/run_sh", one.token(), {"cmd": "echo kept > /tmp/x && cat /tmp/x"})
+        assert (status, result["stdout"]) == (200, "kept\n")
     assert play("drift").count("changed=0") == 2
     assert play("install").count("changed=0") == 2
 
 
 def test_runs_are_sealed(sites: list[Site]) -> None:
     one = sites[0]
-    cases = "1 5 9 14 34 35 36 39 40 42 44".split()
+    cases = "9 14 34 35 36 39 40 42 44".split()
     words = ["-m", "tests.hostile", "--url", f"https://{one.address}", "--ca", str(one.ca), *cases]
     done = subprocess.run(
-        [str(PROJECT / ".venv/bin/python"), *words], cwd=PROJECT, env={"NOX_TOKEN": one.token(), "PATH": "/usr/bin:/bin"},
+        [sys.executable, *words], cwd=PROJECT, env={"NOX_TOKEN": one.token(), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -82,10 +70,10 @@ def test_sshd_is_stricter_and_lets_its_people_in(sites: list[Site]) -> None:
         for user in ("root", "admin"):
             done = one.login(user)
             assert done.returncode == 0 and "authorized access only" in done.stderr
-        assert "password" not in one.host.run(
-            "ssh -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null nobody@localhost 2>&1 "
-            "| grep -o 'Permission denied ([a-z,-]*)'"
-        ).stdout  # fmt: skip
+        offered = one.host.run(
+            "ssh -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null nobody@localhost"
+        )
+        assert "Permission denied (publickey)." in offered.stderr
 
 
 def test_a_change_that_shuts_people_out_is_taken_back(sites: list[Site]) -> None:
@@ -111,26 +99,24 @@ def test_a_change_that_nobody_confirms_is_taken_back_by_the_host(sites: list[Sit
     assert one.login().returncode != 0, "shut out, as whoever ran this would be"
     until(lambda: one.login().returncode == 0, "a login, without anybody's help")
     assert one.run(f"cat {DROP_IN}") == before
-    play("harden", "--limit=nox1")
 
 
 def test_what_the_operator_has_stricter_stays(sites: list[Site]) -> None:
-    one = sites[1]  # whose login is not root's
+    one = sites[1]
+
+    def admin(command: str) -> str:  # root can't for a while
+        done = one.login("admin", f"sudo sh -c {shlex.quote(command)}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     own = "/etc/ssh/sshd_config.d/50-own.conf"
-    one.run(f"printf 'PermitRootLogin no\\nLoginGraceTime 10\\nX11Forwarding yes\\n' > {own}")
+    admin(f"printf 'PermitRootLogin no\\nLoginGraceTime 10\\nX11Forwarding yes\\n' > {own}")
     play("harden", "--limit=nox2")
-    found = one.sshd()
+    found = dict(line.split(" ", 1) for line in admin("sshd -T").splitlines() if " " in line)
     assert (found["permitrootlogin"], found["logingracetime"], found["x11forwarding"]) == ("no", "10", "no")
-    assert one.login("root").returncode != 0 and one.login("admin").returncode == 0
-    one.run(f"rm {own}")
-    assert "changed=1" in play("harden", "--limit=nox2") or one.sshd()["logingracetime"] == "30"
-    assert one.sshd()["logingracetime"] == "30"
-
-
-def test_passwords_stay_where_nobody_has_a_key(sites: list[Site]) -> None:
-    output = play("harden", "--limit=nox1", "--check", "--diff", nox_harden__by_key={"rc": 255, "unreachable": True})
-    assert "-PasswordAuthentication no" in output and "ssh-copy-id" in output
-    assert sites[0].sshd()["passwordauthentication"] == "no", "it was a check"
+    assert one.login("root").returncode != 0
+    admin(f"rm {own} && systemctl reload ssh")
+    assert one.login("root").returncode == 0
 
 
 # ── Bans
@@ -187,8 +173,14 @@ def test_the_kernel_has_what_the_file_says(sites: list[Site]) -> None:
         assert not any(line.startswith(("kernel.", "fs.")) for line in lines)
         assert not one.host.file("/etc/modprobe.d/nox.conf").exists
         assert not one.host.file("/etc/audit/rules.d/nox.rules").exists
-    output = play("harden", "--limit=nox1", "--check")
+
+
+def test_what_is_left_out_is_said(sites: list[Site]) -> None:
+    """What the kernel doesn't give; and passwords stay where the login is not by key, as if this one weren't."""
+    output = play("harden", "--limit=nox1", "--check", "--diff", nox_harden__by_key={"rc": 255, "unreachable": True})
     assert "kernel.kptr_restrict: read-only here" in output and "modules:" in output and "audit:" in output
+    assert "-PasswordAuthentication no" in output and "ssh-copy-id" in output
+    assert sites[0].sshd()["passwordauthentication"] == "no", "it was a check"
 
 
 def test_nothing_runs_from_where_all_may_write(sites: list[Site]) -> None:
@@ -200,9 +192,12 @@ def test_nothing_runs_from_where_all_may_write(sites: list[Site]) -> None:
         for place, lacking in (("/tmp", "noexec"), ("/dev/shm", "noexec"), ("/var/tmp", "nosuid")):
             assert {"nosuid", "nodev", lacking} <= set(one.run(f"findmnt -no OPTIONS {place} | tail -n 1").split(","))
     # packages with questions, which they ask by a program
-    done = sites[0].host.run("apt-get -q -y install --no-install-recommends tzdata-legacy debconf-utils locales")
-    assert done.rc == 0 or "Unable to locate" in done.stderr
+    one, apt = sites[0], "DEBIAN_FRONTEND=noninteractive apt-get -q -y"
+    one.run(f"{apt} install --no-install-recommends apt-utils")
+    done = one.host.run(f"{apt} install --reinstall libpam-runtime")
+    assert done.rc == 0 and "Preconfiguring" in done.stdout + done.stderr
     assert "ermission denied" not in done.stdout + done.stderr
+    one.run(f"{apt} purge apt-utils")
 
 
 def test_logins_are_tied_down(sites: list[Site]) -> None:
@@ -233,6 +228,7 @@ DAMAGES = {
     "path.mode /etc/apt/apt.conf.d/52nox-updates": "chmod 666 /etc/apt/apt.conf.d/52nox-updates",
     "path.line /etc/login.defs": "sed -i 's/^UMASK.*/UMASK 000/' /etc/login.defs",
     "path.changed /etc/issue.net": "echo welcome > /etc/issue.net",
+    "unit.inactive fail2ban.service": "systemctl stop fail2ban",
 }
 
 
@@ -252,10 +248,20 @@ def test_damage_is_named_and_mended(sites: list[Site]) -> None:
     assert one.sshd()["x11forwarding"] == "no"
     assert one.run("sysctl -n net.ipv4.conf.all.send_redirects") == "0"
     assert one.run("fail2ban-client status | grep -c nox-api") == "1"
-    one.run("systemctl stop fail2ban nox-mounts")
-    assert {"unit.inactive fail2ban.service", "unit.inactive nox-mounts.service"} <= drift(2)
-    play("repair", "--limit=nox1")
-    assert drift(0) == set()
+
+
+# ── From outside
+
+
+def test_lynis_finds_a_harder_host(sites: list[Site]) -> None:
+    one = sites[0]
+    one.run("apt-get -q -y install --no-install-recommends lynis")
+    one.host.run("lynis audit system --quick --no-colors --quiet")  # its status counts suggestions
+    INDEXES["hardened"] = int(one.run("sed -n s/^hardening_index=//p /var/log/lynis-report.dat"))
+    one.run("apt-get -q -y purge lynis && rm -rf /var/log/lynis.log /var/log/lynis-report.dat /etc/lynis")
+    INDEXES["fresh"] = int((INVENTORY / ".lynis-fresh").read_text())
+    assert INDEXES["hardened"] >= LEAST_INDEX
+    assert INDEXES["hardened"] - INDEXES["fresh"] >= 15
 
 
 # ── The way back
