@@ -26,7 +26,9 @@ def remember(name: str, things: list[str]) -> None:
 
 
 def replace(name: str, value: Any) -> None:
-    """One part of the record; an empty one is left out."""
+    """One part of the record; an empty one is left out, and what is not there already is no reason to write."""
+    if not value and name not in read():
+        return
     found = {**read(), name: value}
     if not value:
         del found[name]
