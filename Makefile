@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule matrix install check drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule matrix install check harden drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ install: setup ## install Nox on this machine (Ubuntu 22.04 or a relative; root 
 
 check: setup ## what `make install` would change on this machine
 	$(BIN)/ansible-playbook -i inventory/local playbooks/install.yml --check --diff
+
+harden: setup ## harden this machine around Nox; what would change: make harden HARDEN=--check
+	$(BIN)/ansible-playbook -i inventory/local playbooks/harden.yml $(HARDEN)
 
 drift: setup ## what differs on this machine from what was installed; changes nothing
 	$(BIN)/python playbooks/drift.py -i inventory/local

@@ -181,6 +181,7 @@ def verb(
 
 verb("install", "install.yml", "Install Nox, or bring hosts to what the inventory says. A second run changes nothing.")
 verb("repair", "repair.yml", "Find what is broken and mend it; a healthy host costs one check.")
+verb("harden", "harden.yml", "Harden the hosts around Nox; each control has a variable, see docs/hardening.md.")
 verb(
     "upgrade",
     "upgrade.yml",

@@ -22,8 +22,16 @@ def read() -> dict[str, Any]:
 
 def remember(name: str, things: list[str]) -> None:
     """Adds to the record; what is there stays, in its order."""
-    found = read()
-    found[name] = list(dict.fromkeys([*found.get(name, []), *things]))
+    replace(name, list(dict.fromkeys([*read().get(name, []), *things])))
+
+
+def replace(name: str, value: Any) -> None:
+    """One part of the record; an empty one is left out, and what is not there already is no reason to write."""
+    if not value and name not in read():
+        return
+    found = {**read(), name: value}
+    if not value:
+        del found[name]
     PATH.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = PATH.with_name(f".{PATH.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

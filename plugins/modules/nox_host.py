@@ -32,7 +32,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 host:
-  description: What was read. Sizes are in MiB, ports are TCP.
+  description:
+    - What was read. Sizes are in MiB, ports are TCP. C(lacks) says why the kernel gives this host no audit rules, or no say in
+      which modules are loaded; empty where it does.
   returned: always
   type: dict
   sample:
@@ -46,6 +48,8 @@ host:
     hostname: nox1
     fqdn: nox1.example.org
     addresses: [10.77.0.11]
+    lacks: {audit: "", modules: the kernel is shared with other hosts}
+    mounts: {/dev/shm: [nodev, nosuid, rw]}
     free_mib: {/opt: 20480}
     ssh_ports: [22]
     listeners: [{port: 22, address: 0.0.0.0, process: sshd, unit: ssh.service}]
@@ -66,11 +70,18 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.host_files import mounts
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import (
     parse_settings,
     token_state,
 )
 
+NETLINK_AUDIT = 9  # include/uapi/linux/netlink.h
+AUDIT_GET = 1000  # include/uapi/linux/audit.h
+NLM_F_REQUEST, NLM_F_ACK = 1, 4
+NLMSG_ERROR = 2
+CAP_SYS_MODULE = 16  # include/uapi/linux/capability.h
+SHARED = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  where everybody writes
 LISTEN = "0A"  # TCP_LISTEN in the `st` column of /proc/net/tcp, see include/net/tcp_states.h
 
 
@@ -270,6 +281,29 @@ def addresses() -> list[str]:
     return found
 
 
+def lacks_audit() -> str:
+    """Asks the kernel for its audit status, as auditctl would."""
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT) as asked:
+            asked.settimeout(3)
+            asked.send(struct.pack("=IHHII", 16, AUDIT_GET, NLM_F_REQUEST | NLM_F_ACK, 1, 0))
+            answer = asked.recv(8192)
+    except OSError as error:
+        return f"the kernel's audit can't be asked here ({error.strerror or error})"
+    kind = struct.unpack_from("=IH", answer)[1]
+    code = struct.unpack_from("=i", answer, 16)[0] if kind == NLMSG_ERROR else 0
+    return f"the kernel's audit is not this host's ({os.strerror(-code)})" if code else ""
+
+
+def lacks_modules() -> str:
+    if not Path("/proc/modules").exists():
+        return "this kernel loads no modules"
+    bounds = re.search(r"(?m)^CapBnd:\s+([0-9a-f]+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    if bounds and not int(bounds.group(1), 16) >> CAP_SYS_MODULE & 1:
+        return "the kernel is shared with other hosts, which decide what it loads"
+    return ""
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -302,6 +336,8 @@ def main() -> None:
             "hostname": socket.gethostname(),
             "fqdn": socket.getfqdn(),
             "addresses": addresses(),
+            "lacks": {"audit": lacks_audit(), "modules": lacks_modules()},
+            "mounts": {place: sorted(options) for place, options in mounts().items() if place in SHARED},
             "free_mib": {path: free_mib(path) for path in module.params["paths"]},
             "ssh_session": session_ssh_port() is not None,
             "ssh_ports": ssh_ports(listening),

@@ -8,6 +8,7 @@ DOCUMENTATION = r"""
 module: nox_packages
 short_description: Installs missing Debian or Ubuntu packages
 description:
+  - O(state=absent) purges those that came with Nox and that nothing else needs, with what they brought along; others stay.
   - What was installed, dependencies included, is remembered for uninstall.
   - Asks dpkg what is missing and installs just that, in one apt transaction.
   - Unlike M(ansible.builtin.apt) it needs no python3-apt on the host, so check mode tells the truth on an untouched
@@ -15,10 +16,15 @@ description:
 author: The Nox maintainers
 options:
   name:
-    description: Packages that must be installed.
+    description: The packages.
     type: list
     elements: str
     required: true
+  state:
+    description: Whether they are to be there.
+    type: str
+    choices: [present, absent]
+    default: present
   recommends:
     description: Whether recommended packages come along.
     type: bool
@@ -40,6 +46,14 @@ missing:
   description: The named packages that were not there before.
   returned: always
   type: list
+removed:
+  description: Packages that were (in check mode would be) removed.
+  returned: when state is absent
+  type: list
+stays:
+  description: Named packages that are still there.
+  returned: when state is absent
+  type: list
 installed:
   description: Every package that apt installed (in check mode would install), dependencies included.
   returned: when something was missing
@@ -51,7 +65,8 @@ import re
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.brought import remember
+from ansible_collections.nox.platform.plugins.module_utils.brought import read, remember, replace
+from ansible_collections.nox.platform.plugins.module_utils.brought_packages import removable
 
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
@@ -95,15 +110,41 @@ def install(module: AnsibleModule, names: list[str], simulate: bool) -> tuple[in
     return apt(module, *options, "install", *names)
 
 
+def remove(module: AnsibleModule) -> None:
+    def ask(*command: str) -> str:
+        _, out, _ = module.run_command(list(command), environ_update=ENVIRONMENT)
+        return str(out)
+
+    came, there = read().get("packages", []), installed_packages(module)
+    going, needed = removable(ask, came, module.params["name"])
+    if going and not module.check_mode:
+        rc, out, err = apt(module, "-o", f"DPkg::Lock::Timeout={module.params['lock_timeout']}", "purge", *going)
+        if rc != 0:
+            module.fail_json(msg=f"apt can't remove {' '.join(going)}: {(err or out).strip()[-1500:]}")
+        replace("packages", [name for name in came if name not in going])
+    for name in needed:
+        module.warn(f"{name} stays: something else needs it")
+    module.exit_json(
+        changed=bool(going),
+        removed=going,
+        stays=[name for name in module.params["name"] if name in there and name not in going],
+        missing=[],
+        diff={"before": "".join(f"{name}\n" for name in going), "after": ""},
+    )
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "name": {"type": "list", "elements": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "recommends": {"type": "bool", "default": False},
             "lock_timeout": {"type": "int", "default": 300},
         },
         supports_check_mode=True,
     )
+    if module.params["state"] == "absent":
+        remove(module)
     missing = missing_packages(module, module.params["name"])
     if not missing:
         module.exit_json(changed=False, missing=[])

@@ -36,6 +36,10 @@ options:
         regular expression). Keys that are left out stay as recorded before.
     type: dict
     default: {}
+  role:
+    description: With O(state=recorded), only this role's part of the record is renewed; what else differs stays a difference.
+    type: str
+    default: ""
 """
 
 EXAMPLES = r"""
@@ -119,6 +123,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils import host_files, kernel_settings
 from ansible_collections.nox.platform.plugins.module_utils.release_files import (
     changed_files,
     foreign_writer,
@@ -128,7 +133,16 @@ from ansible_collections.nox.platform.plugins.module_utils.release_files import 
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import LINE, parse_settings, token_state
 
 VERSION = 1  # of the record's shape; another one counts as no record
-ROLES = ("nox_account", "nox_release", "nox_logs", "nox_service", "nox_firewall", "nox_proxy", "nox_tools")
+ROLES = (
+    "nox_account",
+    "nox_release",
+    "nox_logs",
+    "nox_service",
+    "nox_firewall",
+    "nox_proxy",
+    "nox_tools",
+    "nox_harden",
+)
 OPERATOR = "operator"
 FAIL = "fail"
 WARN = "warn"
@@ -202,6 +216,16 @@ PACKAGES = {
     "ca-certificates": "nox_service",
     "curl": "nox_service",
     "libseccomp2": "nox_service",
+}
+# What stands and falls with a file of nox_harden: packages, units. A host that was never hardened has none of them.
+HARDENED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "/etc/fail2ban/jail.d/nox.local": (("fail2ban",), ("fail2ban.service",)),
+    "/etc/audit/rules.d/nox.rules": (("auditd",), ("auditd.service",)),
+    "/etc/apt/apt.conf.d/52nox-updates": (
+        ("unattended-upgrades",),
+        ("apt-daily.timer", "apt-daily-upgrade.timer"),
+    ),
+    "/etc/systemd/system/nox-mounts.service": ((), ("nox-mounts.service",)),
 }
 UNIT_PROPERTIES = (
     "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,InactiveEnterTimestampMonotonic"
@@ -333,6 +357,8 @@ def caddyfile_is_ours() -> bool:
 
 def managed_paths(about: dict[str, Any], sandbox: str) -> dict[str, tuple[str, bool]]:
     paths = {**PATHS, **PROXY_PATHS[about.get("proxy", "none")], sandbox: ("nox_service", False)}
+    # of somebody else's file, one line of which is ours, only that it is there
+    paths.update({path: ("nox_harden", "line" not in entry) for path, entry in host_files.recorded().items()})
     if about.get("proxy", "none") != "none":
         paths.update(TLS_PATHS)
     if CADDYFILE in paths and not caddyfile_is_ours():
@@ -374,6 +400,36 @@ def compare_packages(wanted: dict[str, str]) -> Findings:
     for name, role in wanted.items():
         if states.get(name) != "installed":
             yield Finding("package.missing", role, name, "installed", states.get(name, "not installed"))
+
+
+# ── Hardening
+
+
+def hardened() -> bool:
+    """Whether nox_harden has been here, its own record lost or not."""
+    return bool(host_files.recorded()) or any(Path(path).exists() for path in HARDENED)
+
+
+def tied_down() -> dict[str, str]:
+    """Directory → options, as nox-mounts.service is to mount them."""
+    unit = host_files.read("/etc/systemd/system/nox-mounts.service") or ""
+    return dict(re.findall(r" (/\S+)=(\S+)", "".join(re.findall(r"(?m)^ExecStart=.*", unit))))
+
+
+def compare_hardening(wanted: dict[str, Any]) -> Findings:
+    """What the kernel has, not what the files say."""
+    for name, value in wanted.get("kernel", {}).items():
+        found = kernel_settings.value(name)
+        if found != value:
+            yield Finding("kernel.value", "nox_harden", name, value, "nothing" if found is None else found)
+    there = host_files.mounts()
+    for place, options in wanted.get("mounts", {}).items():
+        lacking = [one for one in options.split(",") if one not in there.get(place, set())]
+        if lacking:
+            yield Finding("mount.options", "nox_harden", place, options, f"without {','.join(lacking)}")
+    for path, entry in wanted.get("lines", {}).items():
+        if entry not in read_text(path).splitlines():
+            yield Finding("path.line", "nox_harden", path, entry, "another line")
 
 
 # ── Settings
@@ -747,6 +803,10 @@ def make_record(about: dict[str, Any]) -> Record:
     if proxy != "none":
         packages[proxy] = "nox_proxy"
         units[f"{proxy}.service"] = "nox_proxy"
+    for path, (needed, run_by) in HARDENED.items():
+        if path in paths:
+            packages.update(dict.fromkeys(needed, "nox_harden"))
+            units.update(dict.fromkeys(run_by, "nox_harden"))
     try:
         release = Path(os.readlink(ROOT / "current")).name
     except OSError:
@@ -768,7 +828,25 @@ def make_record(about: dict[str, Any]) -> Record:
         "accounts": {name: found for name in ACCOUNTS if (found := account(name))},
         "packages": packages,
         "units": units,
+        "hardening": {
+            "kernel": kernel_settings.wanted(),
+            "mounts": tied_down(),
+            "lines": {path: entry["line"] for path, entry in host_files.recorded().items() if "line" in entry},
+        },
     }
+
+
+def renewed(old: Record, new: Record, role: str) -> Record:
+    """The old record with one role's part of the new one: the rest of the host isn't looked at, and may have drifted."""
+
+    def part(entry: Any) -> bool:
+        return bool((entry["role"] if isinstance(entry, dict) else entry) == role)
+
+    merged = {**old, "hardening": new["hardening"]}
+    for kind in ("paths", "packages", "units"):
+        merged[kind] = {name: entry for name, entry in old[kind].items() if not part(entry)}
+        merged[kind].update({name: entry for name, entry in new[kind].items() if part(entry)})
+    return merged
 
 
 def examine(record: Record) -> list[Finding]:
@@ -798,6 +876,7 @@ def examine(record: Record) -> list[Finding]:
         # what another configuration answers with says nothing about ours
         asked = unit.get("ActiveState") == "active" and not any(one.id == "proxy.stale" for one in findings)
         findings += compare_certificate(name, about.get("ca", ""), asked)
+    findings += compare_hardening(record.get("hardening", {}))
     findings += compare_disk(["/", str(ROOT), "/var/log", str(LOG_DIR), sandbox])
     findings += compare_logs()
     findings.sort(key=lambda one: ROLES.index(one.owner) if one.owner in ROLES else len(ROLES))
@@ -831,6 +910,8 @@ def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
         moment = time.mktime(time.strptime(removed[-1], "%Y-%m-%d %H:%M:%S")) if removed else 0.0
     elif one.id == "path.owner" and any(part.isdigit() for part in one.found.split(":")):
         pass  # the account went, not the file
+    elif one.id == "mount.options":
+        pass  # nothing tells
     elif one.what.startswith("/") and one.owner != OPERATOR:
         path = Path(one.what.partition(":")[0])
         try:
@@ -880,7 +961,8 @@ def only_down(findings: list[Finding], role: str) -> bool:
 def owners_of(findings: list[Finding]) -> list[str]:
     """The roles to run, in the order of an install; without a record nothing can be left out."""
     wanted = {finding.owner for finding in findings}
-    return [role for role in ROLES if "all" in wanted or (role in wanted and not only_down(findings, role))]
+    every = [role for role in ROLES if role != "nox_harden" or hardened()] if "all" in wanted else []
+    return [role for role in ROLES if role in every or (role in wanted and not only_down(findings, role))]
 
 
 def down_units(findings: list[Finding]) -> list[str]:
@@ -982,6 +1064,7 @@ def main() -> None:
             "record": {"type": "path", "default": "/var/lib/nox/state.json"},
             "aside": {"type": "path", "default": "/var/lib/nox/aside"},
             "about": {"type": "dict", "default": {}},
+            "role": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -992,8 +1075,10 @@ def main() -> None:
         old = read_record(path)
         about = {**old.get("about", {}), **module.params["about"]}
         new = make_record(about)
+        if module.params["role"]:  # without a record there is none to renew: an install writes it
+            new = renewed(old, new, module.params["role"]) if old else old
         changed = new != old
-        if not module.check_mode:
+        if not module.check_mode and new:
             changed = write_record(path, new)
     verdict, findings, record = look(path)
     if state == "cleared":

@@ -48,7 +48,8 @@ import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils import brought
+from ansible_collections.nox.platform.plugins.module_utils import brought, host_files, kernel_settings
+from ansible_collections.nox.platform.plugins.module_utils.brought_packages import removable
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import parse_settings
 
 UNITS = ["nox-api.service", "nox-runner.service", "nox-runner.socket"]
@@ -79,6 +80,9 @@ LEFT_BY_PACKAGES = {
     "nginx": (["/etc/nginx", "/var/lib/nginx", "/var/log/nginx"], ""),
     "ufw": (["/etc/ufw", "/etc/default/ufw"], ""),
     "logrotate": (["/var/lib/logrotate"], ""),
+    "fail2ban": (["/etc/fail2ban", "/var/lib/fail2ban", "/var/log/fail2ban.log"], ""),
+    "auditd": (["/etc/audit", "/var/log/audit"], ""),
+    "unattended-upgrades": (["/var/log/unattended-upgrades", "/var/lib/unattended-upgrades"], ""),
 }
 ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C", "NEEDRESTART_MODE": "l"}
 
@@ -120,6 +124,30 @@ def remove_units(host: Host) -> None:
     there = [unit for unit in UNITS if Path(f"/etc/systemd/system/{unit}").exists()]
     if there:
         host.run("systemctl", "disable", "--now", *there)
+
+
+def loosen(host: Host, going: set[str]) -> None:
+    """What nox_harden has made: its mounts, its files and lines in others' files, its kernel settings; sshd as before."""
+    files = list(host_files.recorded())
+    if "/etc/systemd/system/nox-mounts.service" in files:
+        host.run("systemctl", "disable", "--now", "nox-mounts.service")
+    for path in files:
+        host.actions.append(f"put back {path}")
+        if not host.module.check_mode:
+            stays = host_files.take_back(path)
+            host.kept += [stays] if stays else []
+    names = list(brought.read().get(kernel_settings.RECORD, {}))
+    host.actions += [f"put back {name}" for name in names]
+    if not host.module.check_mode:
+        kernel_settings.take_back()
+    # Whoever reads one of these files and stays on the host reads it anew.
+    if any(path.startswith("/etc/ssh/") for path in files):
+        host.run("sshd", "-t")
+        host.run("systemctl", "try-reload-or-restart", "ssh.service")
+    if any(path.startswith("/etc/fail2ban/") for path in files) and "fail2ban" not in going:
+        host.run("systemctl", "try-restart", "fail2ban.service")
+    if any(path.startswith("/etc/audit/") for path in files) and shutil.which("augenrules"):
+        host.run("augenrules", "--load")
 
 
 def remove_sites(host: Host, going: set[str]) -> None:
@@ -176,45 +204,6 @@ def drop_chains(host: Host) -> None:
 
 def ssh_ports(host: Host) -> list[str]:
     return re.findall(r"(?m)^port (\d+)$", host.ask("sshd", "-T"))
-
-
-def removable(host: Host, record: dict[str, list[str]]) -> list[str]:
-    """Packages that came with Nox and that nothing else needs: apt says so itself, they are its to remove when marked."""
-    came = record.get("packages", [])
-    there = set(
-        re.findall(
-            r"(?m)^(\S+) installed$",
-            host.ask("dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n"),
-        )
-    )
-    came = [name for name in came if name in there]
-    if not came:
-        return []
-    manual = set(host.ask("apt-mark", "showmanual", *came).split())
-    marked = [name for name in came if name in manual]
-    if marked:
-        host.module.run_command(["apt-mark", "auto", *marked])
-    try:
-        # What others only recommend or suggest was not there before Nox, either; unless its removal takes others along.
-        going = unneeded(host, came, strict=False)
-        if set(purged(host.ask("apt-get", "--simulate", "-q", "purge", *going))) - set(going):
-            going = unneeded(host, came, strict=True)
-    finally:
-        if marked:
-            host.module.run_command(["apt-mark", "manual", *marked])
-    host.kept += [f"package {name}: something else needs it" for name in came if name not in going]
-    return going
-
-
-def unneeded(host: Host, came: list[str], strict: bool) -> list[str]:
-    options = [f"APT::AutoRemove::{kind}Important={str(strict).lower()}" for kind in ("Recommends", "Suggests")]
-    words = [word for option in options for word in ("-o", option)]
-    found = set(purged(host.ask("apt-get", "--simulate", "-q", "autoremove", "--purge", *words)))
-    return [name for name in came if name in found]
-
-
-def purged(plan: str) -> list[str]:
-    return re.findall(r"(?m)^(?:Purg|Remv) (\S+)", plan)
 
 
 def remove_unowned(host: Host, path: str) -> None:
@@ -291,9 +280,11 @@ def main() -> None:
     sandbox = settings.get("NOX_SANDBOX") or "/home/nox/nox/sandbox"
     if not record and Path("/opt/nox").is_dir():
         host.kept.append("packages: this install made no record of what it brought")
-    going = [] if "packages" in keep else removable(host, record)
+    going, needed = ([], []) if "packages" in keep else removable(host.ask, record.get("packages", []))
+    host.kept += [f"package {name}: something else needs it" for name in needed]
 
     remove_units(host)
+    loosen(host, set(going))
     remove_sites(host, set(going))
     if "packages" not in keep:
         restore_firewall(host, record, set(going))

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.nox.platform.plugins.module_utils import brought_packages
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import parse_settings
-from ansible_collections.nox.platform.plugins.modules import nox_support, nox_token, nox_uninstall
+from ansible_collections.nox.platform.plugins.modules import nox_support, nox_token
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "0123456789abcdef" * 4, "fedcba9876543210" * 4
@@ -97,7 +98,7 @@ class TestSupport:
 
 def test_what_apt_would_purge() -> None:
     plan = "Reading…\nPurg ufw [0.36.2-1]\nRemv iptables [1.8.9-2] []\nInst x (1)\n"
-    assert nox_uninstall.purged(plan) == ["ufw", "iptables"]
+    assert brought_packages.purged(plan) == ["ufw", "iptables"]
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "other"])

@@ -281,6 +281,7 @@ def test_a_bundle_is_read_only_whole(tmp_path: Path) -> None:
     [
         (["--help"], 0, "Exit codes"),
         (["rollout", "--help"], 0, "--canary"),
+        (["harden", "--help"], 0, "playbooks/harden.yml"),
         (["status"], 2, "inventory"),
         (["status", "-i", "/nowhere"], 2, "does not exist"),
         (["rollout", "/nowhere", "-i", "/nowhere"], 2, "does not exist"),

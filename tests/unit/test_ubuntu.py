@@ -35,6 +35,8 @@ JAMMY: dict[str, Any] = {
     "sites": {"caddy": [], "nginx": []},
     "settings": {},
     "token": "absent",
+    "lacks": {"audit": "", "modules": ""},
+    "mounts": {"/dev/shm": ["nodev", "nosuid", "rw"]},
 }
 # Directives that came after systemd 249, by the release notes of systemd 250 to 257
 TOO_NEW = """
@@ -106,6 +108,28 @@ def test_with_a_domain(tmp_path: Path) -> None:
     front = (tmp_path / "nox-api.service").read_text()
     assert "IPAddressDeny" not in front, "an API that listens for others must be reachable"
     assert "TimeoutStopSec=615" in front
+
+
+def test_hardening(tmp_path: Path) -> None:
+    found = decided(tmp_path, nox_harden__by_key={"rc": 0}, nox_harden_never_ban=["192.0.2.99"])
+    assert found["audit"] is True, "a machine's kernel has rules"
+    assert found["sshd"]["PasswordAuthentication"] == "no"
+    assert found["loose"] == ["/tmp", "/var/tmp", "/dev/shm"]
+    updates = (tmp_path / "updates.conf").read_text()
+    assert '"origin=Ubuntu,archive=${distro_codename}-security,label=Ubuntu";' in updates and "Debian" not in updates
+    jail = (tmp_path / "jail.local").read_text()
+    assert "ignoreip = 127.0.0.1/8 ::1 192.0.2.99" in jail and "port = 22\n" in jail
+    assert jail.count("enabled = true") == 2
+    assert "-w /etc/default/nox-api -p wa -k nox\n" in (tmp_path / "audit.rules").read_text()
+    assert (tmp_path / "modprobe.conf").read_text().count("/bin/false") == 6
+    words = "start /tmp=nosuid,nodev,noexec /var/tmp=nosuid,nodev /dev/shm=nosuid,nodev,noexec\n"
+    assert words in (tmp_path / "nox-mounts.service").read_text()
+
+
+def test_without_a_key_passwords_stay(tmp_path: Path) -> None:
+    found = decided(tmp_path, nox_harden__by_key={"rc": 255, "unreachable": True})
+    assert not {"PasswordAuthentication", "PermitRootLogin"} & set(found["sshd"])
+    assert found["sshd"]["X11Forwarding"] == "no"
 
 
 def test_units_use_nothing_newer_than_systemd_249(tmp_path: Path) -> None:
