@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,10 @@ CREATE TABLE IF NOT EXISTS steps (
 CREATE INDEX IF NOT EXISTS steps_of_run ON steps (run, host);
 CREATE TABLE IF NOT EXISTS notes (run TEXT NOT NULL REFERENCES runs(id), at REAL NOT NULL, text TEXT NOT NULL);
 """
+
+# In the environment of the Ansible that a noxctl with a lock runs. It outlives a noxctl that is killed, for a task or two.
+_MARK = "NOXCTL_LOCK"
+ORPHAN_SECONDS = 120.0
 
 # A host's states, in the order of a rollout. Only these two are proven: such a host isn't touched again by --resume.
 DONE = ("done", "already")
@@ -212,7 +217,7 @@ class Locked(Exception):
 def locked(inventory: Path, what: str) -> Iterator[None]:
     """Hold the inventory for one change at a time. The kernel lets go when this process ends, however it ends.
 
-    Raises Locked.
+    Where a noxctl was killed, its Ansible may be at work for some seconds more: that is waited for. Raises Locked.
     """
     directory = state() / "locks"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -226,9 +231,39 @@ def locked(inventory: Path, what: str) -> Iterator[None]:
         about = {"who": controller(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        _wait_for_orphans(name, inventory)
+        os.environ[_MARK] = name
         yield
     finally:
+        os.environ.pop(_MARK, None)
         os.close(descriptor)
+
+
+def _wait_for_orphans(name: str, inventory: Path) -> None:
+    """Wait until no Ansible of a killed noxctl works on this inventory."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    told = False
+    while found := _orphans(name):
+        if time.monotonic() > deadline:
+            pids = ", ".join(map(str, found))
+            raise Locked(f"{inventory}: the Ansible of a noxctl that was killed is still at work: process {pids}")
+        if not told:
+            told = True
+            sys.stderr.write("noxctl: waiting for the Ansible of a noxctl that was killed\n")
+        time.sleep(0.2)
+
+
+def _orphans(name: str) -> list[int]:
+    """Processes of Ansible that a noxctl with this lock has left; where there is no /proc, none can be told."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ansible = b"ansible-playbook" in (process / "cmdline").read_bytes()  # and no ssh that keeps a connection
+            if ansible and f"{_MARK}={name}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue  # it has ended, or is somebody else's
+    return found
 
 
 def _holder(text: bytes, inventory: Path) -> str:

@@ -291,6 +291,10 @@ class Rollout:
             try:
                 self._change(name, todo)
             except EdgeLost as error:
+                for host in todo:
+                    if self._state(host) == "running":
+                        why = "changed, but not put to its gate, because the edge doesn't obey"
+                        self._journal.host(self.run, host, state="failed", error=why, ended=time.time())
                 self._journal.wave(self.run, number, "failed")
                 return "stopped", f"Stopped in {name}: {error}"
             bad = [host for host in todo if self._state(host) not in DONE]
@@ -299,7 +303,10 @@ class Rollout:
                 return "aborted", f"Ended in {name}, as asked. Go on with --resume."
             if reason := self._stop(number, name, bad):
                 if self._wanted.on_failure is OnFailure.ROLLBACK_ALL:
-                    self._roll_back_all()
+                    try:
+                        self._roll_back_all()
+                    except EdgeLost as error:
+                        reason = f"{reason} The way back of the others was not gone: {error}"
                 return "stopped", reason
         bad = [host for host, row in self._journal.hosts(self.run).items() if row["state"] not in (*DONE, "gone")]
         return "done", f"{self._plan.version} is everywhere." if not bad else (
@@ -332,9 +339,9 @@ class Rollout:
 
     def _change(self, name: str, hosts: list[str]) -> None:
         """Upgrade these hosts, let them soak, put them to the gate, take back who fails it."""
+        self._edge(f"{name}: out of the edge", drain=hosts)
         for host in hosts:
             self._journal.host(self.run, host, state="running", started=time.time(), ended=None, task="", error="")
-        self._edge(f"{name}: out of the edge", drain=hosts)
         variables = {"nox_release_bundle": str(self._wanted.bundle.resolve())}
         ends = self._play("upgrade.yml", f"{name}: upgrade", hosts, variables)
         for host in hosts:
@@ -382,12 +389,13 @@ class Rollout:
                 self._journal.host(self.run, host, state="done", after=after, ended=time.time())
                 self._view.set(host, "done")
                 continue
-            refused[host] = problem
-            self._journal.host(
-                self.run, host, state="failed", task=end.task or "gate", error=problem, ended=time.time()
-            )
-            self._view.set(host, "failed", problem)
-        self._roll_back(f"{name}: back to what was healthy", list(refused))
+            state = "unreachable" if end.word == "unreachable" else "failed"
+            refused[host] = state
+            self._journal.host(self.run, host, state=state, task=end.task or "gate", error=problem, ended=time.time())
+            self._view.set(host, state, problem)
+        # a host that can't be asked can't be taken back either: it serves nobody until somebody has looked
+        self._edge(f"{name}: out of the edge", drain=[host for host in refused if refused[host] == "unreachable"])
+        self._roll_back(f"{name}: back to what was healthy", [host for host in refused if refused[host] == "failed"])
 
     def _roll_back(self, title: str, hosts: list[str]) -> None:
         """Take hosts back to the release each had before; those that had none are left as they are, and said so."""
@@ -518,8 +526,8 @@ def exit_code(outcome: str, rows: dict[str, dict[str, Any]]) -> int:
     """0 done, 1 done with failures inside the budget or interrupted, 5 stopped by a gate, 6 for unreachable hosts alone."""
     states = Counter(row["state"] for row in rows.values())
     failed = states["failed"] + states["rescued"] + states["rolled back"]
-    if outcome == "stopped" and failed:
-        return 5
+    if outcome == "stopped":  # by hosts that were unreachable alone, an edge included, or by a gate
+        return 5 if failed else 6
     if states["unreachable"] and not failed:
         return 6
     return 0 if outcome == "done" and not failed else 1
