@@ -296,9 +296,7 @@ def drift(
     else:
         table = Table("host", "state", "findings", box=None, pad_edge=False)
         for one in found:
-            texts = [f"{f['id']} {f['what']}: {f['found']}, not {f['expected']}" for f in one["findings"]] or [
-                one["error"]
-            ]
+            texts = [rollout.finding_text(finding) for finding in one["findings"]] or [one["error"]]
             table.add_row(
                 one["host"], Text(one["state"], style=STYLES.get(one["state"], "")), printable("\n".join(texts))
             )

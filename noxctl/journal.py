@@ -188,6 +188,16 @@ class Journal:
         found = sorted(row["seconds"] for row in rows)
         return found[len(found) // 2] if found else None
 
+    def usual_wave_seconds(self, inventory: Path) -> float | None:
+        """The median time of a wave that went well, in the last rollouts of this inventory; None where there is none."""
+        rows = self._do(
+            "SELECT w.ended - w.started AS seconds FROM waves w JOIN runs r ON r.id = w.run WHERE r.inventory=?"
+            " AND w.outcome='done' AND w.started IS NOT NULL AND w.ended IS NOT NULL ORDER BY w.ended DESC LIMIT 20",
+            str(inventory.resolve()),
+        )
+        found = sorted(row["seconds"] for row in rows)
+        return found[len(found) // 2] if found else None
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")

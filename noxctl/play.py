@@ -209,6 +209,9 @@ def play(
                 handle.write(output)
     if found and isinstance(found[0], Exception):
         raise PlayError(str(found[0])) from found[0]
+    if stats:
+        for end in ends.values():
+            end.failed = 0  # the events can't tell a failure that was rescued
     for key, name in (("failures", "failed"), ("dark", "unreachable"), ("rescued", "rescued")):
         for host, count in (stats.get(key) or {}).items():
             setattr(ends.setdefault(host, End(host)), name, count)

@@ -22,7 +22,7 @@ from rich.text import Text
 from noxctl import places
 from noxctl.journal import DONE, Journal, Run
 from noxctl.play import End, Event, Options, members, play
-from noxctl.view import STYLES, View, printable
+from noxctl.view import STYLES, Total, View, printable
 from plugins.module_utils.bundle_file import read_contents
 
 # The gate. Each is about what a client would notice, and is wide enough for a busy host's noise.
@@ -151,7 +151,8 @@ def _count(size: str, hosts: int) -> int:
 def status_of(end: End) -> dict[str, Any]:
     """status.yml's and gate.yml's results of one host, flat. `state`: healthy, unhealthy, not installed, unreachable."""
     status = end.results.get("nox_status", {}).get("status", {})
-    verdict = end.results.get("nox_state", {}).get("verdict", "")
+    compared = end.results.get("nox_state", {})
+    verdict = compared.get("verdict", "")
     reachable = end.word != "unreachable"
     healthy = bool(status.get("healthy"))
     problem = status.get("problem", "") or end.error
@@ -175,7 +176,13 @@ def status_of(end: End) -> dict[str, Any]:
             )
         },
         "last_run": status.get("last_run", ""),
+        "findings": [finding_text(one) for one in compared.get("findings", [])],
     }  # fmt: skip
+
+
+def finding_text(finding: dict[str, Any]) -> str:
+    """What differs on a host from its record, in one line."""
+    return f"{finding['id']} {finding['what']}: {finding['found']}, not {finding['expected']}"
 
 
 def judge(before: dict[str, Any], after: dict[str, Any], releases: frozenset[str]) -> str:
@@ -256,6 +263,7 @@ class Rollout:
         self._plan, self._wanted, self._options, self._journal, self._view = plan, wanted, options, journal, view
         self._waves = plan.waves
         self._interrupts = 0
+        self._began = time.time()
         old = self._unfinished() if resume else None
         if old is None:
             about = {
@@ -299,6 +307,7 @@ class Rollout:
                 return "stopped", f"Stopped in {name}: {error}"
             bad = [host for host in todo if self._state(host) not in DONE]
             self._journal.wave(self.run, number, "failed" if bad else "done")
+            self._view.total(self._total())
             if self._interrupts > 1:
                 return "aborted", f"Ended in {name}, as asked. Go on with --resume."
             if reason := self._stop(number, name, bad):
@@ -489,7 +498,24 @@ class Rollout:
     def _state(self, host: str) -> str:
         return str(self._journal.hosts(self.run).get(host, {}).get("state", "waiting"))
 
+    def _total(self) -> Total:
+        """How far it is. A wave that went well lately says how long the others will take."""
+        rows, waves = self._journal.hosts(self.run), self._journal.waves(self.run)
+        states = Counter(row["state"] for row in rows.values() if row["state"] != "gone")
+        done = sum(states[state] for state in DONE)
+        left = states["waiting"] + states["running"]
+        usual = self._journal.usual_wave_seconds(self._options.inventory)
+        ends = None
+        if usual and left:
+            todo = sum(wave["outcome"] in ("waiting", "running") for wave in waves)
+            began = next((wave["started"] for wave in waves if wave["outcome"] == "running"), time.time())
+            ends = max(began + usual, time.time()) + usual * (todo - 1)
+        shown = [(wave["name"], len(wave["hosts"]), wave["outcome"]) for wave in waves]
+        title = f"rollout of {self._plan.version}"
+        return Total(title, shown, done, states.total() - done - left, left, self._began, ends)
+
     def _play(self, playbook: str, title: str, hosts: list[str], variables: dict[str, Any]) -> dict[str, End]:
+        self._view.total(self._total())
         self._view.begin(title, hosts, None)
 
         def on_event(event: Event) -> None:

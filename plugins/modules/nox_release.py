@@ -126,7 +126,8 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
         packages = scratch / f"venv/lib/python{about['python']}/site-packages"
         rc, _, err = module.run_command(
             [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
-            + ["--invalidation-mode", "unchecked-hash", "-s", str(scratch), "-p", str(directory), str(packages)]
+            + ["-x", r"/site-packages/pip/", "--invalidation-mode", "unchecked-hash"]  # no service imports pip
+            + ["-s", str(scratch), "-p", str(directory), str(packages)]
         )
         if rc != 0:
             module.fail_json(
