@@ -1,5 +1,5 @@
 """Where Ansible's own gates let a rollout go on: real runs of it, and what noxctl makes of them. The other half, that no
-wave begins after such a host, is molecule/fleet/faults."""
+wave begins after such a host, is molecule/fleet/trouble."""
 
 from __future__ import annotations
 
