@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -102,7 +103,11 @@ class Row:
         elif event.kind in ("failed", "unreachable") and not event.ignored:
             self.state = event.kind
             if not self.error:
-                self.error = f"{event.task}: {event.error}"
+                self.task, self.error = event.task, event.error
+
+    def why(self, host: str) -> str:
+        """The first error of a host: the task, and its message with the journal's last lines below."""
+        return f"{host}: {self.state} in {self.task}\n{textwrap.indent(printable(self.error), '    ')}"
 
 
 class Silent:
@@ -141,7 +146,7 @@ class Lines:
         known = row.error
         row.follow(event)
         if row.error and not known:
-            self.say(f"{event.host}: {row.state}: {printable(row.error)}")
+            self.say(row.why(event.host))
 
     def set(self, host: str, state: str, detail: str = "") -> None:
         self._rows.setdefault(host, Row()).state = state
@@ -185,7 +190,8 @@ class Screen:
         known = row.error
         row.follow(event)
         if row.error and not known:
-            self.say(f"{event.host}: {row.state}: {row.error}", style="red")
+            self.say(row.why(event.host), style="red")
+            self._drawn = 0.0
         self.tick()
 
     def set(self, host: str, state: str, detail: str = "") -> None:
@@ -226,22 +232,23 @@ class Screen:
             (f", {bad} failed" if bad else "", "red"), f"  {span(passed)}{left}",
         )  # fmt: skip
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for ratio in (None, None, None, 1):
-            table.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
+        for width in (min(24, max(map(len, self._rows), default=0)), max(map(len, STYLES)), 6, None):
+            table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         # what needs eyes first, then what moves, then the rest; never more than fits
         order = {"failed": 0, "unreachable": 0, "rescued": 0, "running": 1, "waiting": 2}
         ranked = sorted(self._rows.items(), key=lambda item: order.get(item[1].state, 3))
-        above = self._draw_total()
+        above = self._draw_total(bad)
         room = max(3, self.console.height - 4 - len(above))
         for host, row in ranked[:room]:
             seconds = f"{(row.ended or now) - row.began:.0f} s" if row.began else ""
-            text = printable((row.error or row.task).replace("\n", " "))
+            # the whole error stands above
+            text = printable(f"{row.task}: {row.error.splitlines()[0]}" if row.error else row.task)
             table.add_row(host, Text(row.state, style=STYLES.get(row.state, "")), seconds, Text(text))
         more = [Text(f"… and {len(ranked) - room} more", style="dim")] if len(ranked) > room else []
         return Group(*above, head, table, *more)
 
-    def _draw_total(self) -> list[Text]:
-        """The waves, and how far the whole is."""
+    def _draw_total(self, bad: int) -> list[Text]:
+        """The waves, and how far the whole is, with those that have just failed."""
         total = self._total
         if total is None:
             return []
@@ -251,8 +258,9 @@ class Screen:
             mark, style = marks.get(outcome, ("·", "dim"))
             waves.append(f"{mark} {name} ({hosts})   ", style=style)
         head = Text.assemble(
-            (total.title, "bold"), f"  {total.done} done, ", (f"{total.failed} failed", "red" if total.failed else ""),
-            f", {total.left} left  {span(time.time() - total.began)}{total.time_left()}",
+            (total.title, "bold"), f"  {total.done} done, ",
+            (f"{total.failed + bad} failed", "red" if total.failed + bad else ""),
+            f", {max(0, total.left - bad)} left  {span(time.time() - total.began)}{total.time_left()}",
         )  # fmt: skip
         return [head, waves, Text()]
 
