@@ -38,7 +38,7 @@ RELEASES: dict[str, dict[str, str]] = {
     "0.3.0": {"nox_api/__init__.py": 'raise SystemExit("this release is broken")\n'},
     "0.4.0": {
         "nox_api/__init__.py": "import os, threading, time\n"
-        "threading.Thread(target=lambda: (time.sleep(25), os._exit(3)), daemon=True).start()\n"
+        "threading.Thread(target=lambda: (time.sleep(20), os._exit(3)), daemon=True).start()\n"
     },
     "0.5.0": {
         "nox_api/__init__.py": f"{STARTED}import socket\n"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from rollouts import (
     BAD,
     HOSTS,
+    INVENTORY,
     LOST,
+    ROOT,
     STATE,
     Started,
     check,
@@ -28,6 +32,7 @@ from rollouts import (
 )  # fmt: skip
 
 CANARY, *OTHERS = HOSTS
+WAVES = ("--waves", "1,100%", "-e", "nox_smoke_stable_seconds=2")
 
 
 def test_all_are_healthy_before() -> None:
@@ -38,9 +43,15 @@ def test_all_are_healthy_before() -> None:
         assert one["version"] and one["release"].startswith(one["version"])
 
 
+def test_the_edge_installed_again_changes_nothing() -> None:
+    words = ["ansible-playbook", "-i", str(INVENTORY), "playbooks/edge.yml"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r"edge1 +: ok=\d+ +changed=0 ", done.stdout), done.stdout
+
+
 @pytest.mark.fault("none", "exit 0, everywhere, no request lost")
 def test_a_good_release_reaches_everybody_and_no_request_is_lost(load: None) -> None:
-    code, result = rollout("0.2.0", "--soak", "3")
+    code, result = rollout("0.2.0", "--soak", "3", *WAVES)
     assert (code, result["outcome"]) == (0, "done")
     assert set(states(result).values()) == {"done"}
     check(dict.fromkeys(HOSTS, "0.2.0"))
@@ -64,20 +75,25 @@ def test_a_release_that_crashes_never_reaches_a_second_host(load: None) -> None:
     assert not [host for host in HOSTS if "0.3.0" in seen(host, "/opt/nox/manifest.json").read_text()]
 
 
-@pytest.mark.fault("release that fails 25 s after its start", "exit 5 after the canary, which goes back from the gate")
-def test_a_release_that_fails_later_goes_back_from_the_gate() -> None:
+@pytest.mark.fault(
+    "release that fails 20 s after its start", "exit 5 after the canary, which is on the old release again"
+)
+def test_a_release_that_fails_later_goes_back() -> None:
     # Without load: a front that crashes takes the requests with it that it was just answering.
-    code, result = rollout("0.4.0", "--soak", "30")
+    code, result = rollout("0.4.0", "--soak", "25", *WAVES)
     assert (code, result["outcome"]) == (5, "stopped")
-    assert states(result) == {CANARY: "rolled back"} | dict.fromkeys(OTHERS, "waiting")
+    found = states(result)
+    # by the gate; on a machine so slow that the upgrade itself took 20 s, by that
+    assert found.pop(CANARY) in ("rolled back", "failed")
+    assert found == dict.fromkeys(OTHERS, "waiting")
     check(dict.fromkeys(HOSTS, "0.2.0"))
 
 
 @pytest.mark.fault("a bad host, and one that loses power", "both counted, all others done; no request lost")
 def test_a_bad_host_and_a_lost_host_lose_no_request(load: None) -> None:
     before = current(BAD).partition("-")[0]
-    running = Started("0.5.0", "--waves", "1,1,100%", "--budget", "2", "--soak", "1")
-    running.until("wave 2: upgrade")  # by now the edge sends nothing to this wave
+    running = Started("0.5.0", *WAVES, "--budget", "2", "--soak", "1")
+    running.until("wave 1: upgrade")  # by now the edge sends nothing to this wave
     when(lambda: current(LOST).startswith("0.5.0"))
     power_off(LOST)
     assert running.end() == 1
@@ -95,7 +111,7 @@ def test_a_bad_host_and_a_lost_host_lose_no_request(load: None) -> None:
 
 @pytest.mark.fault("controller killed; another one meanwhile", "exit 7 for the other; --resume: exit 0, nothing twice")
 def test_a_killed_controller_goes_on_where_it_was(load: None) -> None:
-    first = Started("0.2.0", "--soak", "1", "--waves", "1,1,100%")
+    first = Started("0.2.0", "--soak", "1", *WAVES)
     first.until("wave 1: upgrade")
     # meanwhile nobody else may
     second = noxctl(*first.words)
@@ -103,7 +119,7 @@ def test_a_killed_controller_goes_on_where_it_was(load: None) -> None:
     first.kill()
     other = noxctl("rollout", str(Path(first.words[1]).with_name("0.5.0.bundle")), "--yes", "--resume")
     assert other.returncode == 2 and "another bundle" in other.stderr
-    code, result = rollout("0.2.0", "--resume", "--soak", "1")
+    code, result = rollout("0.2.0", "--resume", "--soak", "1", *WAVES)
     assert (code, result["outcome"]) == (0, "done")
     assert states(result)[CANARY] == "done" and set(states(result).values()) <= {"done", "already"}
     check(dict.fromkeys(HOSTS, "0.2.0"))
