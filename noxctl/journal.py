@@ -102,14 +102,14 @@ class Journal:
 
     def run(self, run: str) -> Run | None:
         """One run, by its id or the beginning of it."""
-        found = self._do("SELECT * FROM runs WHERE id LIKE ? ORDER BY id DESC LIMIT 1", run.replace("%", "") + "%")
+        found = self._do("SELECT * FROM runs WHERE id LIKE ? ORDER BY rowid DESC LIMIT 1", run.replace("%", "") + "%")
         return _run(found[0]) if found else None
 
     def runs(self, *, verb: str = "", inventory: Path | None = None, limit: int = 20) -> list[Run]:
-        """The newest first."""
+        """The newest first; by the order they began in, whatever the clock said."""
         rows = self._do(
             "SELECT * FROM runs WHERE (?1 = '' OR verb = ?1) AND (?2 = '' OR inventory = ?2)"
-            " ORDER BY started DESC LIMIT ?3",
+            " ORDER BY rowid DESC LIMIT ?3",
             verb, str(inventory.resolve()) if inventory else "", limit,
         )  # fmt: skip
         return [_run(row) for row in rows]

@@ -171,7 +171,7 @@ def status_of(end: End) -> dict[str, Any]:
         **{
             key: status.get(key)
             for key in (
-                "last_healthy", "restarts", "requests", "server_errors", "request_seconds", "probe_ms",
+                "last_healthy", "proven", "restarts", "requests", "server_errors", "request_seconds", "probe_ms",
                 "token_age_days", "certificate_days",
             )
         },
@@ -287,7 +287,10 @@ class Rollout:
         return Result(self.run, outcome, reason, exit_code(outcome, rows), self._plan.version, rows)
 
     def _go(self) -> tuple[str, str]:
-        self._look_before()
+        try:
+            self._look_before()
+        except EdgeLost as error:
+            return "stopped", f"Stopped before anything was touched: {error}"
         for number, (name, hosts) in enumerate(self._waves):
             todo = [host for host in hosts if self._state(host) not in DONE]
             if not todo:
@@ -334,15 +337,19 @@ class Rollout:
             # of a rollout that goes on, what was there at its beginning counts
             if not known.get("release") or known["release"] in self._plan.releases:
                 self._journal.host(self.run, host, before=status)
-            if self._is_there(status):
+            # a host that was begun with has not passed its gate, however well it is
+            if self._state(host) == "waiting" and self._is_there(status):
                 self._journal.host(self.run, host, state="already", after=status)
+        # one that was lost, say, and is well again, but that nobody has put back
+        there = [host for host in hosts if self._state(host) == "already"]
+        self._edge("behind the edge: who runs it already", restore=there)
 
     def _is_there(self, status: dict[str, Any]) -> bool:
         """Whether a host has nothing to gain: it runs this very release, healthy and without drift."""
         return (
             status["healthy"]
             and status["release"] in self._plan.releases
-            and status["last_healthy"] == status["release"]
+            and bool(status["proven"])
             and status["drift"] == "clean"
         )
 
@@ -372,10 +379,9 @@ class Rollout:
             }
             for host, status in statuses.items():
                 self._journal.host(self.run, host, after=status)
-            # who went back to a healthy release may serve again; who is not healthy stays out
-            self._edge(
-                f"{name}: back behind the edge", restore=[host for host in statuses if statuses[host]["healthy"]]
-            )
+            # who went back to a release that passes its tests may serve again; who is not healthy stays out
+            well = [host for host, status in statuses.items() if status["healthy"] and status["proven"]]
+            self._edge(f"{name}: back behind the edge", restore=well)
 
     def _soak(self, name: str) -> None:
         end = time.time() + self._wanted.soak
