@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from lab import process  # noqa: E402
 from lab.state import Host, load_lab  # noqa: E402
 from noxctl.journal import Journal  # noqa: E402
+from tests import releases  # noqa: E402
 
 INVENTORY = Path(os.environ["NOX_INVENTORY"])
 LAB = f"m-{os.environ['MOLECULE_SCENARIO_NAME']}"
@@ -44,13 +43,7 @@ RELEASES: dict[str, dict[str, str]] = {
         "nox_api/__init__.py": f"{STARTED}import socket\n"
         f'    if socket.gethostname() == "{BAD}":\n        raise SystemExit("this release is broken on this host")\n'
     },
-    "0.6.0": {
-        "nox_api/application.py": "\n_prompt = create_app\n\n\ndef create_app(*words):\n"
-        "    import asyncio\n    app = _prompt(*words)\n\n"
-        '    @app.middleware("http")\n    async def slow(request, call_next):\n'
-        '        await asyncio.sleep(1.5 if request.url.path == "/run_py" else 0)\n'
-        "        return await call_next(request)\n\n    return app\n"
-    },
+    "0.6.0": {"nox_api/application.py": releases.SLOW},
     "0.7.0": {"nox_api/__init__.py": f'{STARTED}raise SystemExit("NOX_REGION is not set in /etc/default/nox-api")\n'},
     "0.8.0": {},
 }
@@ -138,22 +131,8 @@ class Started:
 @functools.cache
 def bundle(version: str) -> Path:
     """Made from a copy of the service's sources, by the command an operator would use."""
-    tree = BUNDLES / version
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT / "app", tree / "app", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copytree(ROOT / "requirements", tree / "requirements")
-    for name, pattern in (
-        ("pyproject.toml", r'(?m)^version = "[^"]+"'),
-        ("nox_runner/__init__.py", r'(?m)^__version__ = "[^"]+"'),
-    ):
-        path = tree / "app" / name
-        text = re.sub(pattern, lambda found: found[0].partition('"')[0] + f'"{version}"', path.read_text())
-        path.write_text(text)
-    for name, addition in RELEASES[version].items():
-        with (tree / "app" / name).open("a") as handle:
-            handle.write(addition)
-    out = BUNDLES / f"{version}.bundle"
-    assert noxctl("bundle", "--app", str(tree / "app"), "--out", str(out), "--target", "3.11 x86_64").returncode == 0
+    app, out = releases.tree(BUNDLES, version, RELEASES[version]), BUNDLES / f"{version}.bundle"
+    assert noxctl("bundle", "--app", str(app), "--out", str(out), "--target", "3.11 x86_64").returncode == 0
     return out
 
 

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 from noxctl.journal import Journal
 from noxctl.rollout import read_bundle
+from tests import releases
 from tests.bench.__main__ import DOCUMENT, machine
 from tests.bench.repair import inventory_hosts, run, ssh
 
@@ -39,38 +39,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LAB = "b-fleet"
 BEGIN, END = "<!-- figures: tests/bench/fleet.py -->", "<!-- end of the fleet's figures -->"
 NOXCTL = [sys.executable, "-m", "noxctl"]
-SLOW = """
-
-_prompt = create_app
-
-
-def create_app(*words):
-    import asyncio
-    app = _prompt(*words)
-
-    @app.middleware("http")
-    async def slow(request, call_next):
-        await asyncio.sleep(1.5 if request.url.path == "/run_py" else 0)
-        return await call_next(request)
-
-    return app
-"""
-
 Hosts = dict[str, dict[str, Any]]
 
 
 def make_bundle(place: Path, version: str, addition: str = "") -> Path:
     """A release of this checkout under another number; with `addition` at the end of the application's module."""
-    tree = place / version
-    shutil.copytree(ROOT / "app", tree / "app", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copytree(ROOT / "requirements", tree / "requirements")
-    for name, key in (("pyproject.toml", "version"), ("nox_runner/__init__.py", "__version__")):
-        path = tree / "app" / name
-        path.write_text(re.sub(rf'(?m)^{key} = "[^"]+"', f'{key} = "{version}"', path.read_text()))
-    with (tree / "app/nox_api/application.py").open("a") as handle:
-        handle.write(addition)
-    out = place / f"{version}.bundle"
-    run(*NOXCTL, "bundle", "--app", tree, "--out", out, "--target", "3.11 x86_64")
+    app, out = releases.tree(place, version, {"nox_api/application.py": addition}), place / f"{version}.bundle"
+    run(*NOXCTL, "bundle", "--app", app, "--out", out, "--target", "3.11 x86_64")
     return out
 
 
@@ -154,7 +129,7 @@ def stopped(inventory: Path, bundle: Path, limit: str) -> tuple[int, float]:
 def measure(inventory: Path, rounds: int, place: Path) -> dict[str, Any]:
     hosts = {name: one for name, one in inventory_hosts(inventory).items() if not name.startswith("edge")}
     bundles = [make_bundle(place, version) for version in ("0.1.98", "0.1.99")]
-    bad = make_bundle(place, "0.1.97", SLOW)
+    bad = make_bundle(place, "0.1.97", releases.SLOW)
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], object]) -> None:
