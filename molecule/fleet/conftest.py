@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -52,13 +53,29 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def token() -> str:
-    return str(yaml.safe_load((rollouts.INVENTORY / "group_vars/nox.yml").read_text())["nox_api_token"])
+def password() -> Iterator[str]:
+    """The vault's; while the tests run, the token is in one."""
+    password, variables = rollouts.INVENTORY / ".vault-password", rollouts.INVENTORY / "group_vars/nox.yml"
+    if not password.exists():
+        password.touch(mode=0o600)
+        password.write_text(secrets.token_hex(32))
+    os.environ["ANSIBLE_VAULT_PASSWORD_FILE"] = rollouts.ENVIRONMENT["ANSIBLE_VAULT_PASSWORD_FILE"] = str(password)
+    if not variables.read_text().startswith("$ANSIBLE_VAULT"):  # a run that was killed has left it so
+        subprocess.run(["ansible-vault", "encrypt", variables], check=True, capture_output=True)
+    yield password.read_text()
+    subprocess.run(["ansible-vault", "decrypt", variables], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def token(password: str) -> str:
+    words = ["ansible-vault", "view", rollouts.INVENTORY / "group_vars/nox.yml"]
+    shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return str(yaml.safe_load(shown)["nox_api_token"])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def argument_lists(token: str) -> Iterator[list[str]]:
-    """The secret in no process list, of this machine or of a host: this machine sees its hosts' processes, too."""
+def argument_lists(token: str, password: str) -> Iterator[None]:
+    """The secrets in no process list, of this machine or of a host: this machine sees its hosts' processes, too."""
     found: list[str] = []
     over = threading.Event()
 
@@ -71,12 +88,12 @@ def argument_lists(token: str) -> Iterator[list[str]]:
                 if times < 4 or times % 100 == 0:
                     with contextlib.suppress(OSError):
                         words = Path("/proc", name, "cmdline").read_bytes()
-                        if token.encode() in words:
-                            found.append(words.decode(errors="replace").replace(token, "SECRET"))
+                        if token.encode() in words or password.encode() in words:
+                            found.append(words.decode(errors="replace").replace("\0", " ")[:60])
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    yield found
+    yield
     over.set()
     watcher.join()
     assert not found, found[:3]
