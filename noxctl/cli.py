@@ -97,7 +97,8 @@ def table_of(ends: dict[str, End]) -> Table:
     table = Table("host", "state", "changed", "", box=None, pad_edge=False)
     for host in sorted(ends):
         end = ends[host]
-        reason = f"{end.task}: {end.error}" if end.error and end.word != "ok" else ""
+        # the whole was said when it happened, and is in the report
+        reason = f"{end.task}: {end.error.splitlines()[0]}" if end.error and end.word != "ok" else ""
         table.add_row(host, Text(end.word, style=STYLES.get(end.word, "")), str(end.changed), printable(reason))
     return table
 

@@ -240,7 +240,7 @@ class Result:
             wave = "" if row["wave"] is None else "canary" if row["wave"] == 0 else str(row["wave"])
             table.add_row(
                 host, wave, Text(row["state"], style=STYLES.get(row["state"], "")), row["before"].get("release", ""),
-                row["after"].get("release", ""), printable(f"{row['task']}: {row['error']}" if row["error"] else ""),
+                row["after"].get("release", ""), printable(f"{row['task']}: {row['error'].splitlines()[0]}" if row["error"] else ""),
             )  # fmt: skip
         return table
 
@@ -515,7 +515,8 @@ class Rollout:
         if usual and left:
             todo = sum(wave["outcome"] in ("waiting", "running") for wave in waves)
             began = next((wave["started"] for wave in waves if wave["outcome"] == "running"), time.time())
-            ends = max(began + usual, time.time()) + usual * (todo - 1)
+            if time.time() < began + usual:  # else it isn't as usual, and nobody knows
+                ends = began + usual * todo
         shown = [(wave["name"], len(wave["hosts"]), wave["outcome"]) for wave in waves]
         title = f"rollout of {self._plan.version}"
         return Total(title, shown, done, states.total() - done - left, left, self._began, ends)

@@ -20,6 +20,8 @@ from noxctl.play import Event
 # Text that comes from hosts may hold anything; a terminal must not obey it.
 _CONTROLS = {code: "" for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
 
+SHOWN_LINES = 10  # of an error, while others are at work
+
 STYLES = {
     "done": "green", "ok": "green", "already": "green", "clean": "green", "healthy": "green", "running": "cyan",
     "failed": "bold red", "unreachable": "bold magenta", "rescued": "bold red", "rolled back": "yellow",
@@ -106,8 +108,11 @@ class Row:
                 self.task, self.error = event.task, event.error
 
     def why(self, host: str) -> str:
-        """The first error of a host: the task, and its message with the journal's last lines below."""
-        return f"{host}: {self.state} in {self.task}\n{textwrap.indent(printable(self.error), '    ')}"
+        """The first error of a host: the task, how its message begins, and the journal's last lines. The report has all."""
+        lines = printable(self.error).splitlines()
+        if len(lines) > SHOWN_LINES:
+            lines = [lines[0], "…", *lines[2 - SHOWN_LINES :]]
+        return f"{host}: {self.state} in {self.task}\n{textwrap.indent(chr(10).join(lines), '    ')}"
 
 
 class Silent:
