@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import socket
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ CREATE INDEX IF NOT EXISTS steps_of_run ON steps (run, host);
 CREATE TABLE IF NOT EXISTS notes (run TEXT NOT NULL REFERENCES runs(id), at REAL NOT NULL, text TEXT NOT NULL);
 """
 
-# In the environment of the Ansible that a noxctl with a lock runs. It outlives a noxctl that is killed, for a task or two.
+# In the environment of the Ansible that a noxctl with a lock runs. It outlives a noxctl that is killed.
 _MARK = "NOXCTL_LOCK"
-ORPHAN_SECONDS = 120.0
+ORPHAN_SECONDS = 5.0  # to end when asked, before it is killed
 
 # A host's states, in the order of a rollout. Only these two are proven: such a host isn't touched again by --resume.
 DONE = ("done", "already")
@@ -227,7 +228,7 @@ class Locked(Exception):
 def locked(inventory: Path, what: str) -> Iterator[None]:
     """Hold the inventory for one change at a time. The kernel lets go when this process ends, however it ends.
 
-    Where a noxctl was killed, its Ansible may be at work for some seconds more: that is waited for. Raises Locked.
+    Where a noxctl was killed, its Ansible goes on, and may wait for ever for what it has lost: that is ended. Raises Locked.
     """
     directory = state() / "locks"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -241,7 +242,7 @@ def locked(inventory: Path, what: str) -> Iterator[None]:
         about = {"who": controller(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
-        _wait_for_orphans(name, inventory)
+        _end_orphans(name)
         os.environ[_MARK] = name
         yield
     finally:
@@ -249,18 +250,21 @@ def locked(inventory: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _wait_for_orphans(name: str, inventory: Path) -> None:
-    """Wait until no Ansible of a killed noxctl works on this inventory."""
-    deadline = time.monotonic() + ORPHAN_SECONDS
-    told = False
-    while found := _orphans(name):
-        if time.monotonic() > deadline:
-            pids = ", ".join(map(str, found))
-            raise Locked(f"{inventory}: the Ansible of a noxctl that was killed is still at work: process {pids}")
-        if not told:
-            told = True
-            sys.stderr.write("noxctl: waiting for the Ansible of a noxctl that was killed\n")
-        time.sleep(0.2)
+def _end_orphans(name: str) -> None:
+    """End the Ansible that a noxctl which was killed has left. What it began on a host goes on there until that task ends."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        told: set[int] = set()
+        while (found := set(_orphans(name))) and time.monotonic() < deadline:
+            for pid in found - told:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            told |= found
+            time.sleep(0.1)
+        if told:
+            sys.stderr.write("noxctl: ended the Ansible of a noxctl that was killed\n")
+        if not found:
+            return
 
 
 def _orphans(name: str) -> list[int]:
