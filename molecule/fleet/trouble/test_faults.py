@@ -21,6 +21,7 @@ from ssl import create_default_context
 import pytest
 import yaml
 from rollouts import (
+    BUNDLES,
     HOSTS,
     INVENTORY,
     STATE,
@@ -444,3 +445,11 @@ def test_no_package_index_is_needed(pair: Pair) -> None:
         on(A, "networkctl reconfigure host0 || systemctl restart systemd-networkd")
     assert code == 0 and set(states(result).values()) == {"done"}
     check(pair.all_new())
+
+
+def test_two_builds_from_cold_caches_are_the_same_bytes(tmp_path: Path) -> None:
+    first, second = bundle("0.8.0"), tmp_path / "again.bundle"
+    cold = ("env", f"XDG_CACHE_HOME={tmp_path}/cold")
+    words = ("bundle", "--app", str(BUNDLES / "0.8.0/app"), "--out", str(second), "--target", "3.11 x86_64")
+    assert noxctl(*words, prefix=cold).returncode == 0
+    assert first.read_bytes() == second.read_bytes()
