@@ -92,6 +92,7 @@ class Row:
 
     state: str = "waiting"
     task: str = ""
+    where: str = ""  # the task of its first error
     error: str = ""
     began: float = 0.0
     ended: float = 0.0
@@ -105,14 +106,14 @@ class Row:
         elif event.kind in ("failed", "unreachable") and not event.ignored:
             self.state = event.kind
             if not self.error:
-                self.task, self.error = event.task, event.error
+                self.where, self.error = event.task, event.error
 
     def why(self, host: str) -> str:
         """The first error of a host: the task, how its message begins, and the journal's last lines. The report has all."""
         lines = printable(self.error).splitlines()
         if len(lines) > SHOWN_LINES:
             lines = [lines[0], "…", *lines[2 - SHOWN_LINES :]]
-        return f"{host}: {self.state} in {self.task}\n{textwrap.indent(chr(10).join(lines), '    ')}"
+        return f"{host}: {self.state} in {self.where}\n{textwrap.indent(chr(10).join(lines), '    ')}"
 
 
 class Silent:
@@ -237,7 +238,8 @@ class Screen:
             (f", {bad} failed" if bad else "", "red"), f"  {span(passed)}{left}",
         )  # fmt: skip
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for width in (min(24, max(map(len, self._rows), default=0)), max(map(len, STYLES)), 6, None):
+        widths = [min(24, max(map(len, self._rows), default=0)), max(map(len, STYLES)), 6]
+        for width in (*widths, max(20, self.console.width - sum(widths) - 2 * 4)):
             table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         # what needs eyes first, then what moves, then the rest; never more than fits
         order = {"failed": 0, "unreachable": 0, "rescued": 0, "running": 1, "waiting": 2}
@@ -247,7 +249,7 @@ class Screen:
         for host, row in ranked[:room]:
             seconds = f"{(row.ended or now) - row.began:.0f} s" if row.began else ""
             # the whole error stands above
-            text = printable(f"{row.task}: {row.error.splitlines()[0]}" if row.error else row.task)
+            text = printable(f"{row.where}: {row.error.splitlines()[0]}" if row.error else row.task)
             table.add_row(host, Text(row.state, style=STYLES.get(row.state, "")), seconds, Text(text))
         more = [Text(f"… and {len(ranked) - room} more", style="dim")] if len(ranked) > room else []
         return Group(*above, head, table, *more)
