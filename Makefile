@@ -69,8 +69,8 @@ lab-down: setup ## end them
 lab-status: setup ## list them
 	@$(BIN)/python -m lab status
 
-fleet-test: setup ## the scenario fleet with N hosts: make fleet-test N=30
-	@PATH="$(CURDIR)/$(BIN):$$PATH" NOX_HOSTS="$$(seq -f 'nox%g' -s, $(N)),edge1" $(BIN)/molecule test -s fleet; status=$$?; $(BIN)/python -m lab down --lab=m-fleet; exit $$status
+fleet-test: setup ## the scenario fleet with N hosts and all faults: make fleet-test N=30 (PART=tests leaves the faults out)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" NOX_FLEET_TESTS="$(or $(PART),.)" NOX_HOSTS="$$(seq -f 'nox%g' -s, $(if $(filter 1,$(N)),4,$(N))),edge1" $(BIN)/molecule test -s fleet; status=$$?; $(BIN)/python -m lab down --lab=m-fleet; exit $$status
 
 lock: setup ## renew the lock files from requirements/*.in
 	$(UV_COMPILE) --upgrade --universal --python-version 3.11 requirements/control.in -o requirements/control.lock

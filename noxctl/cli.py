@@ -97,7 +97,8 @@ def table_of(ends: dict[str, End]) -> Table:
     table = Table("host", "state", "changed", "", box=None, pad_edge=False)
     for host in sorted(ends):
         end = ends[host]
-        reason = f"{end.task}: {end.error}" if end.error and end.word != "ok" else ""
+        # the whole was said when it happened, and is in the report
+        reason = f"{end.task}: {end.error.splitlines()[0]}" if end.error and end.word != "ok" else ""
         table.add_row(host, Text(end.word, style=STYLES.get(end.word, "")), str(end.changed), printable(reason))
     return table
 
@@ -297,9 +298,7 @@ def drift(
     else:
         table = Table("host", "state", "findings", box=None, pad_edge=False)
         for one in found:
-            texts = [f"{f['id']} {f['what']}: {f['found']}, not {f['expected']}" for f in one["findings"]] or [
-                one["error"]
-            ]
+            texts = [rollout.finding_text(finding) for finding in one["findings"]] or [one["error"]]
             table.add_row(
                 one["host"], Text(one["state"], style=STYLES.get(one["state"], "")), printable("\n".join(texts))
             )

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import socket
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ CREATE TABLE IF NOT EXISTS steps (
 CREATE INDEX IF NOT EXISTS steps_of_run ON steps (run, host);
 CREATE TABLE IF NOT EXISTS notes (run TEXT NOT NULL REFERENCES runs(id), at REAL NOT NULL, text TEXT NOT NULL);
 """
+
+# In the environment of the Ansible that a noxctl with a lock runs. It outlives a noxctl that is killed.
+_MARK = "NOXCTL_LOCK"
+ORPHAN_SECONDS = 5.0  # to end when asked, before it is killed
 
 # A host's states, in the order of a rollout. Only these two are proven: such a host isn't touched again by --resume.
 DONE = ("done", "already")
@@ -97,14 +103,14 @@ class Journal:
 
     def run(self, run: str) -> Run | None:
         """One run, by its id or the beginning of it."""
-        found = self._do("SELECT * FROM runs WHERE id LIKE ? ORDER BY id DESC LIMIT 1", run.replace("%", "") + "%")
+        found = self._do("SELECT * FROM runs WHERE id LIKE ? ORDER BY rowid DESC LIMIT 1", run.replace("%", "") + "%")
         return _run(found[0]) if found else None
 
     def runs(self, *, verb: str = "", inventory: Path | None = None, limit: int = 20) -> list[Run]:
-        """The newest first."""
+        """The newest first; by the order they began in, whatever the clock said."""
         rows = self._do(
             "SELECT * FROM runs WHERE (?1 = '' OR verb = ?1) AND (?2 = '' OR inventory = ?2)"
-            " ORDER BY started DESC LIMIT ?3",
+            " ORDER BY rowid DESC LIMIT ?3",
             verb, str(inventory.resolve()) if inventory else "", limit,
         )  # fmt: skip
         return [_run(row) for row in rows]
@@ -183,6 +189,16 @@ class Journal:
         found = sorted(row["seconds"] for row in rows)
         return found[len(found) // 2] if found else None
 
+    def usual_wave_seconds(self, inventory: Path) -> float | None:
+        """The median time of a wave that went well, in the last rollouts of this inventory; None where there is none."""
+        rows = self._do(
+            "SELECT w.ended - w.started AS seconds FROM waves w JOIN runs r ON r.id = w.run WHERE r.inventory=?"
+            " AND w.outcome='done' AND w.started IS NOT NULL AND w.ended IS NOT NULL ORDER BY w.ended DESC LIMIT 20",
+            str(inventory.resolve()),
+        )
+        found = sorted(row["seconds"] for row in rows)
+        return found[len(found) // 2] if found else None
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
@@ -212,7 +228,7 @@ class Locked(Exception):
 def locked(inventory: Path, what: str) -> Iterator[None]:
     """Hold the inventory for one change at a time. The kernel lets go when this process ends, however it ends.
 
-    Raises Locked.
+    Where a noxctl was killed, its Ansible goes on, and may wait for ever for what it has lost: that is ended. Raises Locked.
     """
     directory = state() / "locks"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -226,9 +242,42 @@ def locked(inventory: Path, what: str) -> Iterator[None]:
         about = {"who": controller(), "what": what, "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        _end_orphans(name)
+        os.environ[_MARK] = name
         yield
     finally:
+        os.environ.pop(_MARK, None)
         os.close(descriptor)
+
+
+def _end_orphans(name: str) -> None:
+    """End the Ansible that a noxctl which was killed has left. What it began on a host goes on there until that task ends."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        told: set[int] = set()
+        while (found := set(_orphans(name))) and time.monotonic() < deadline:
+            for pid in found - told:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            told |= found
+            time.sleep(0.1)
+        if told:
+            sys.stderr.write("noxctl: ended the Ansible of a noxctl that was killed\n")
+        if not found:
+            return
+
+
+def _orphans(name: str) -> list[int]:
+    """Processes of Ansible that a noxctl with this lock has left; where there is no /proc, none can be told."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ansible = b"ansible-playbook" in (process / "cmdline").read_bytes()  # and no ssh that keeps a connection
+            if ansible and f"{_MARK}={name}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue  # it has ended, or is somebody else's
+    return found
 
 
 def _holder(text: bytes, inventory: Path) -> str:

@@ -87,8 +87,11 @@ def error_text(result: dict[str, Any]) -> str:
     if result.get("exception") and not parts[0]:
         parts.append(str(result["exception"]).strip().splitlines()[-1])
     text = "\n".join(part for part in parts if part).strip() or "no message"
-    # the reason is at the beginning, a journal's last words are at the end
-    return text if len(text) <= ERROR_CHARACTERS else f"{text[:500]}\n…\n{text[-(ERROR_CHARACTERS - 500) :]}"
+    if len(text) <= ERROR_CHARACTERS:
+        return text
+    # the reason is at the beginning, a journal's last words are at the end; whole lines of both
+    head, tail = text[:500], text[500 - ERROR_CHARACTERS :]
+    return f"{head[: head.rfind(chr(10)) if chr(10) in head else None]}\n…\n{tail[tail.find(chr(10)) + 1 :]}"
 
 
 _KINDS = {
@@ -209,6 +212,9 @@ def play(
                 handle.write(output)
     if found and isinstance(found[0], Exception):
         raise PlayError(str(found[0])) from found[0]
+    if stats:
+        for end in ends.values():
+            end.failed = 0  # the events can't tell a failure that was rescued
     for key, name in (("failures", "failed"), ("dark", "unreachable"), ("rescued", "rescued")):
         for host, count in (stats.get(key) or {}).items():
             setattr(ends.setdefault(host, End(host)), name, count)

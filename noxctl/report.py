@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from noxctl.journal import DONE, Journal, Run
-from noxctl.view import printable
+from noxctl.view import printable, span
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LABEL = 150  # SVG units for host names, left of the bars
@@ -28,7 +28,11 @@ def page(journal: Journal, run: Run) -> str:
         loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(clock=clock, span=span, printable=lambda text: printable(str(text)))
+    environment.filters.update(
+        clock=clock,
+        span=lambda seconds: "" if seconds is None else span(seconds),
+        printable=lambda text: printable(str(text)),
+    )
     return environment.get_template(TEMPLATE.name).render(
         run=run,
         ended=ended,
@@ -38,6 +42,7 @@ def page(journal: Journal, run: Run) -> str:
         good=sum(row["state"] in DONE for row in hosts.values()),
         timeline=timeline(run.started, ended, hosts, steps, waves),
         slowest=slowest(steps),
+        drifted={host: row["before"]["findings"] for host, row in hosts.items() if row["before"].get("findings")},
         failures={host: row for host, row in hosts.items() if row["error"]},
         label=LABEL,
         width=WIDTH,
@@ -93,11 +98,3 @@ def slowest(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def clock(at: float | None) -> str:
     """A time of day, in the reader's zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else ""
-
-
-def span(seconds: float | None) -> str:
-    """12 s, 3 min 5 s."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    return f"{whole} s" if whole < 120 else f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")

@@ -22,7 +22,7 @@ from rich.text import Text
 from noxctl import places
 from noxctl.journal import DONE, Journal, Run
 from noxctl.play import End, Event, Options, members, play
-from noxctl.view import STYLES, View, printable
+from noxctl.view import STYLES, Total, View, printable
 from plugins.module_utils.bundle_file import read_contents
 
 # The gate. Each is about what a client would notice, and is wide enough for a busy host's noise.
@@ -151,7 +151,8 @@ def _count(size: str, hosts: int) -> int:
 def status_of(end: End) -> dict[str, Any]:
     """status.yml's and gate.yml's results of one host, flat. `state`: healthy, unhealthy, not installed, unreachable."""
     status = end.results.get("nox_status", {}).get("status", {})
-    verdict = end.results.get("nox_state", {}).get("verdict", "")
+    compared = end.results.get("nox_state", {})
+    verdict = compared.get("verdict", "")
     reachable = end.word != "unreachable"
     healthy = bool(status.get("healthy"))
     problem = status.get("problem", "") or end.error
@@ -170,12 +171,18 @@ def status_of(end: End) -> dict[str, Any]:
         **{
             key: status.get(key)
             for key in (
-                "last_healthy", "restarts", "requests", "server_errors", "request_seconds", "probe_ms",
+                "last_healthy", "proven", "restarts", "requests", "server_errors", "request_seconds", "probe_ms",
                 "token_age_days", "certificate_days",
             )
         },
         "last_run": status.get("last_run", ""),
+        "findings": [finding_text(one) for one in compared.get("findings", [])],
     }  # fmt: skip
+
+
+def finding_text(finding: dict[str, Any]) -> str:
+    """What differs on a host from its record, in one line."""
+    return f"{finding['id']} {finding['what']}: {finding['found']}, not {finding['expected']}"
 
 
 def judge(before: dict[str, Any], after: dict[str, Any], releases: frozenset[str]) -> str:
@@ -233,7 +240,7 @@ class Result:
             wave = "" if row["wave"] is None else "canary" if row["wave"] == 0 else str(row["wave"])
             table.add_row(
                 host, wave, Text(row["state"], style=STYLES.get(row["state"], "")), row["before"].get("release", ""),
-                row["after"].get("release", ""), printable(f"{row['task']}: {row['error']}" if row["error"] else ""),
+                row["after"].get("release", ""), printable(f"{row['task']}: {row['error'].splitlines()[0]}" if row["error"] else ""),
             )  # fmt: skip
         return table
 
@@ -256,6 +263,7 @@ class Rollout:
         self._plan, self._wanted, self._options, self._journal, self._view = plan, wanted, options, journal, view
         self._waves = plan.waves
         self._interrupts = 0
+        self._began = time.time()
         old = self._unfinished() if resume else None
         if old is None:
             about = {
@@ -279,7 +287,10 @@ class Rollout:
         return Result(self.run, outcome, reason, exit_code(outcome, rows), self._plan.version, rows)
 
     def _go(self) -> tuple[str, str]:
-        self._look_before()
+        try:
+            self._look_before()
+        except EdgeLost as error:
+            return "stopped", f"Stopped before anything was touched: {error}"
         for number, (name, hosts) in enumerate(self._waves):
             todo = [host for host in hosts if self._state(host) not in DONE]
             if not todo:
@@ -291,15 +302,23 @@ class Rollout:
             try:
                 self._change(name, todo)
             except EdgeLost as error:
+                for host in todo:
+                    if self._state(host) == "running":
+                        why = "changed, but not put to its gate, because the edge doesn't obey"
+                        self._journal.host(self.run, host, state="failed", error=why, ended=time.time())
                 self._journal.wave(self.run, number, "failed")
                 return "stopped", f"Stopped in {name}: {error}"
             bad = [host for host in todo if self._state(host) not in DONE]
             self._journal.wave(self.run, number, "failed" if bad else "done")
+            self._view.total(self._total())
             if self._interrupts > 1:
                 return "aborted", f"Ended in {name}, as asked. Go on with --resume."
             if reason := self._stop(number, name, bad):
                 if self._wanted.on_failure is OnFailure.ROLLBACK_ALL:
-                    self._roll_back_all()
+                    try:
+                        self._roll_back_all()
+                    except EdgeLost as error:
+                        reason = f"{reason} The way back of the others was not gone: {error}"
                 return "stopped", reason
         bad = [host for host, row in self._journal.hosts(self.run).items() if row["state"] not in (*DONE, "gone")]
         return "done", f"{self._plan.version} is everywhere." if not bad else (
@@ -318,23 +337,27 @@ class Rollout:
             # of a rollout that goes on, what was there at its beginning counts
             if not known.get("release") or known["release"] in self._plan.releases:
                 self._journal.host(self.run, host, before=status)
-            if self._is_there(status):
+            # a host that was begun with has not passed its gate, however well it is
+            if self._state(host) == "waiting" and self._is_there(status):
                 self._journal.host(self.run, host, state="already", after=status)
+        # one that was lost, say, and is well again, but that nobody has put back
+        there = [host for host in hosts if self._state(host) == "already"]
+        self._edge("behind the edge: who runs it already", restore=there)
 
     def _is_there(self, status: dict[str, Any]) -> bool:
         """Whether a host has nothing to gain: it runs this very release, healthy and without drift."""
         return (
             status["healthy"]
             and status["release"] in self._plan.releases
-            and status["last_healthy"] == status["release"]
+            and bool(status["proven"])
             and status["drift"] == "clean"
         )
 
     def _change(self, name: str, hosts: list[str]) -> None:
         """Upgrade these hosts, let them soak, put them to the gate, take back who fails it."""
+        self._edge(f"{name}: out of the edge", drain=hosts)
         for host in hosts:
             self._journal.host(self.run, host, state="running", started=time.time(), ended=None, task="", error="")
-        self._edge(f"{name}: out of the edge", drain=hosts)
         variables = {"nox_release_bundle": str(self._wanted.bundle.resolve())}
         ends = self._play("upgrade.yml", f"{name}: upgrade", hosts, variables)
         for host in hosts:
@@ -356,10 +379,9 @@ class Rollout:
             }
             for host, status in statuses.items():
                 self._journal.host(self.run, host, after=status)
-            # who went back to a healthy release may serve again; who is not healthy stays out
-            self._edge(
-                f"{name}: back behind the edge", restore=[host for host in statuses if statuses[host]["healthy"]]
-            )
+            # who went back to a release that passes its tests may serve again; who is not healthy stays out
+            well = [host for host, status in statuses.items() if status["healthy"] and status["proven"]]
+            self._edge(f"{name}: back behind the edge", restore=well)
 
     def _soak(self, name: str) -> None:
         end = time.time() + self._wanted.soak
@@ -382,12 +404,13 @@ class Rollout:
                 self._journal.host(self.run, host, state="done", after=after, ended=time.time())
                 self._view.set(host, "done")
                 continue
-            refused[host] = problem
-            self._journal.host(
-                self.run, host, state="failed", task=end.task or "gate", error=problem, ended=time.time()
-            )
-            self._view.set(host, "failed", problem)
-        self._roll_back(f"{name}: back to what was healthy", list(refused))
+            state = "unreachable" if end.word == "unreachable" else "failed"
+            refused[host] = state
+            self._journal.host(self.run, host, state=state, task=end.task or "gate", error=problem, ended=time.time())
+            self._view.set(host, state, problem)
+        # a host that can't be asked can't be taken back either: it serves nobody until somebody has looked
+        self._edge(f"{name}: out of the edge", drain=[host for host in refused if refused[host] == "unreachable"])
+        self._roll_back(f"{name}: back to what was healthy", [host for host in refused if refused[host] == "failed"])
 
     def _roll_back(self, title: str, hosts: list[str]) -> None:
         """Take hosts back to the release each had before; those that had none are left as they are, and said so."""
@@ -481,7 +504,25 @@ class Rollout:
     def _state(self, host: str) -> str:
         return str(self._journal.hosts(self.run).get(host, {}).get("state", "waiting"))
 
+    def _total(self) -> Total:
+        """How far it is. A wave that went well lately says how long the others will take."""
+        rows, waves = self._journal.hosts(self.run), self._journal.waves(self.run)
+        states = Counter(row["state"] for row in rows.values() if row["state"] != "gone")
+        done = sum(states[state] for state in DONE)
+        left = states["waiting"] + states["running"]
+        usual = self._journal.usual_wave_seconds(self._options.inventory)
+        ends = None
+        if usual and left:
+            todo = sum(wave["outcome"] in ("waiting", "running") for wave in waves)
+            began = next((wave["started"] for wave in waves if wave["outcome"] == "running"), time.time())
+            if time.time() < began + usual:  # else it isn't as usual, and nobody knows
+                ends = began + usual * todo
+        shown = [(wave["name"], len(wave["hosts"]), wave["outcome"]) for wave in waves]
+        title = f"rollout of {self._plan.version}"
+        return Total(title, shown, done, states.total() - done - left, left, self._began, ends)
+
     def _play(self, playbook: str, title: str, hosts: list[str], variables: dict[str, Any]) -> dict[str, End]:
+        self._view.total(self._total())
         self._view.begin(title, hosts, None)
 
         def on_event(event: Event) -> None:
@@ -518,8 +559,8 @@ def exit_code(outcome: str, rows: dict[str, dict[str, Any]]) -> int:
     """0 done, 1 done with failures inside the budget or interrupted, 5 stopped by a gate, 6 for unreachable hosts alone."""
     states = Counter(row["state"] for row in rows.values())
     failed = states["failed"] + states["rescued"] + states["rolled back"]
-    if outcome == "stopped" and failed:
-        return 5
+    if outcome == "stopped":  # by hosts that were unreachable alone, an edge included, or by a gate
+        return 5 if failed else 6
     if states["unreachable"] and not failed:
         return 6
     return 0 if outcome == "done" and not failed else 1

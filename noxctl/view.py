@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from noxctl.play import Event
 # Text that comes from hosts may hold anything; a terminal must not obey it.
 _CONTROLS = {code: "" for code in [*range(32), 127, *range(128, 160)] if chr(code) not in "\n\t"}
 
+SHOWN_LINES = 10  # of an error, while others are at work
+
 STYLES = {
     "done": "green", "ok": "green", "already": "green", "clean": "green", "healthy": "green", "running": "cyan",
     "failed": "bold red", "unreachable": "bold magenta", "rescued": "bold red", "rolled back": "yellow",
@@ -31,8 +34,38 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+@dataclass(frozen=True)
+class Total:
+    """How far the whole of a rollout is; of one playbook there is none."""
+
+    title: str
+    waves: list[tuple[str, int, str]]  # name, hosts, outcome: waiting, running, done, failed
+    done: int
+    failed: int
+    left: int
+    began: float  # seconds since the epoch
+    ends: float | None = None  # when it probably will; None where nothing is known yet
+
+    def counts(self) -> str:
+        """3 done, 1 failed, 16 left."""
+        return f"{self.done} done, {self.failed} failed, {self.left} left"
+
+    def time_left(self) -> str:
+        """About how long it still takes, with a comma before it; empty where that isn't known."""
+        return f", about {span(max(1.0, self.ends - time.time()))} left" if self.ends else ""
+
+
+def span(seconds: float) -> str:
+    """12 s, 3 min 5 s."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 120 else f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+
+
 class View(Protocol):
     """Where progress goes."""
+
+    def total(self, total: Total) -> None:
+        """How far the whole is, before each stage and after each wave."""
 
     def begin(self, title: str, hosts: Iterable[str], seconds: float | None = None) -> None:
         """A new stage over these hosts; `seconds` is how long a host usually takes."""
@@ -59,6 +92,7 @@ class Row:
 
     state: str = "waiting"
     task: str = ""
+    where: str = ""  # the task of its first error
     error: str = ""
     began: float = 0.0
     ended: float = 0.0
@@ -72,12 +106,20 @@ class Row:
         elif event.kind in ("failed", "unreachable") and not event.ignored:
             self.state = event.kind
             if not self.error:
-                self.error = f"{event.task}: {event.error}"
+                self.where, self.error = event.task, event.error
+
+    def why(self, host: str) -> str:
+        """The first error of a host: the task, how its message begins, and the journal's last lines. The report has all."""
+        lines = printable(self.error).splitlines()
+        if len(lines) > SHOWN_LINES:
+            lines = [lines[0], "…", *lines[2 - SHOWN_LINES :]]
+        return f"{host}: {self.state} in {self.where}\n{textwrap.indent(chr(10).join(lines), '    ')}"
 
 
 class Silent:
     """For --json: nothing but errors' lines on stderr is wanted while it runs."""
 
+    def total(self, total: Total) -> None: ...
     def begin(self, title: str, hosts: Iterable[str], seconds: float | None = None) -> None: ...
     def event(self, event: Event) -> None: ...
     def set(self, host: str, state: str, detail: str = "") -> None: ...
@@ -93,18 +135,24 @@ class Lines:
         self._console = console
         self._rows: dict[str, Row] = {}
         self._begun = 0.0
+        self._counts = ""
+
+    def total(self, total: Total) -> None:
+        if (counts := total.counts()) != self._counts:
+            self._counts = counts
+            self.say(f"{total.title}: {counts}{total.time_left()}")
 
     def begin(self, title: str, hosts: Iterable[str], seconds: float | None = None) -> None:
         self._rows = {host: Row() for host in hosts}
         self._begun = time.time()
-        self.say(f"{title}: {len(self._rows)} host{'s' if len(self._rows) != 1 else ''}")
+        self.say(f"{title}: {count(len(self._rows), 'host')}")
 
     def event(self, event: Event) -> None:
         row = self._rows.setdefault(event.host, Row())
         known = row.error
         row.follow(event)
         if row.error and not known:
-            self.say(f"{event.host}: {row.state}: {printable(row.error)}")
+            self.say(row.why(event.host))
 
     def set(self, host: str, state: str, detail: str = "") -> None:
         self._rows.setdefault(host, Row()).state = state
@@ -131,6 +179,10 @@ class Screen:
     _begun: float = 0.0
     _drawn: float = 0.0
     _live: Live | None = None
+    _total: Total | None = None
+
+    def total(self, total: Total) -> None:
+        self._total = total
 
     def begin(self, title: str, hosts: Iterable[str], seconds: float | None = None) -> None:
         self.end()
@@ -144,7 +196,8 @@ class Screen:
         known = row.error
         row.follow(event)
         if row.error and not known:
-            self.say(f"{event.host}: {row.state}: {row.error}", style="red")
+            self.say(row.why(event.host), style="red")
+            self._drawn = 0.0
         self.tick()
 
     def set(self, host: str, state: str, detail: str = "") -> None:
@@ -179,24 +232,49 @@ class Screen:
         bad = sum(row.state in ("failed", "unreachable") for row in self._rows.values())
         active = sum(row.state == "running" for row in self._rows.values())
         passed = int(now - self._begun)
-        left = f", about {max(1, int(self._usual - (now - self._begun)))} s left" if self._usual else ""
+        left = f", about {span(max(1.0, self._usual - (now - self._begun)))} left" if self._usual else ""
         head = Text.assemble(
-            (self._title, "bold"), f"  {len(self._rows)} hosts: {active} at work, ", (f"{bad} failed", "red" if bad else ""),
-            f"  {passed} s{left}",
+            (self._title, "bold"), f"  {count(len(self._rows), 'host')}, {active} at work",
+            (f", {bad} failed" if bad else "", "red"), f"  {span(passed)}{left}",
         )  # fmt: skip
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for ratio in (None, None, None, 1):
-            table.add_column(ratio=ratio, no_wrap=True, overflow="ellipsis")
+        widths = [min(24, max(map(len, self._rows), default=0)), max(map(len, STYLES)), 6]
+        for width in (*widths, max(20, self.console.width - sum(widths) - 2 * 4)):
+            table.add_column(width=width, no_wrap=True, overflow="ellipsis")
         # what needs eyes first, then what moves, then the rest; never more than fits
         order = {"failed": 0, "unreachable": 0, "rescued": 0, "running": 1, "waiting": 2}
         ranked = sorted(self._rows.items(), key=lambda item: order.get(item[1].state, 3))
-        room = max(3, self.console.height - 4)
+        above = self._draw_total(bad)
+        room = max(3, self.console.height - 4 - len(above))
         for host, row in ranked[:room]:
             seconds = f"{(row.ended or now) - row.began:.0f} s" if row.began else ""
-            text = printable((row.error or row.task).replace("\n", " "))
+            # the whole error stands above
+            text = printable(f"{row.where}: {row.error.splitlines()[0]}" if row.error else row.task)
             table.add_row(host, Text(row.state, style=STYLES.get(row.state, "")), seconds, Text(text))
         more = [Text(f"… and {len(ranked) - room} more", style="dim")] if len(ranked) > room else []
-        return Group(head, table, *more)
+        return Group(*above, head, table, *more)
+
+    def _draw_total(self, bad: int) -> list[Text]:
+        """The waves, and how far the whole is, with those that have just failed."""
+        total = self._total
+        if total is None:
+            return []
+        marks = {"done": ("✔", "green"), "failed": ("✘", "bold red"), "running": ("▶", "bold cyan")}
+        waves = Text("  ")
+        for name, hosts, outcome in total.waves:
+            mark, style = marks.get(outcome, ("·", "dim"))
+            waves.append(f"{mark} {name} ({hosts})   ", style=style)
+        head = Text.assemble(
+            (total.title, "bold"), f"  {total.done} done, ",
+            (f"{total.failed + bad} failed", "red" if total.failed + bad else ""),
+            f", {max(0, total.left - bad)} left  {span(time.time() - total.began)}{total.time_left()}",
+        )  # fmt: skip
+        return [head, waves, Text()]
+
+
+def count(number: int, what: str) -> str:
+    """1 host, 2 hosts."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def view(json_wanted: bool = False) -> View:

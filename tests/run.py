@@ -110,8 +110,8 @@ def mypy() -> None:
         "tests/troubleshooting.py",
         "tests/acme",
     )
-    run("mypy", "tests/hostile", "tests/bench", "tests/container_deployment.py")
-    run("mypy", "--python-version=3.11", "noxctl")
+    run("mypy", "tests/hostile", "tests/container_deployment.py")
+    run("mypy", "--python-version=3.11", "noxctl", "tests/bench", "tests/releases.py")
     for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
         run("mypy", script)
     run("mypy", "roles/nox_tools/files/nox-monitor")

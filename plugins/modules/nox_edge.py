@@ -48,6 +48,7 @@ drained:
 """
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def decide(
         refused = [next((name for name in reversed(out) if name in drain), out[-1])]
         out = [name for name in out if name not in refused]
     return out, refused
+
+
+def unknown(hosts: dict[str, str]) -> list[str]:
+    """Names of hosts whose address this machine can't find; an edge that is told such a thing serves nobody."""
+    found = []
+    for name, where in hosts.items():
+        try:
+            socket.getaddrinfo(where, 443)
+        except OSError:
+            found.append(f"{name} ({where})" if name != where else name)
+    return found
 
 
 def write(path: Path, text: str, mode: int) -> None:
@@ -93,6 +105,11 @@ def main() -> None:
     hosts: dict[str, str] = known["hosts"]
     if module.params["hosts"] is not None:
         hosts = {name: domain or address or name for name, domain, address in module.params["hosts"]}
+        if lost := unknown(hosts):
+            module.fail_json(
+                msg=f"This edge can't find the address of {', '.join(lost)}. Give each an ansible_host or a nox_domain; "
+                "if they have one, Ansible couldn't read it: is the vault's password missing?"
+            )
     if not hosts:
         module.fail_json(msg="This host is no edge yet: playbooks/edge.yml")
     out, refused = decide(hosts, known["drained"], module.params["drain"], module.params["restore"])

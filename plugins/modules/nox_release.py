@@ -66,12 +66,17 @@ previous:
   description: The release that was current before, empty where there was none.
   returned: always
   type: str
+proven:
+  description: Whether it was recorded as healthy since it was switched to; if not, what runs may still be the one before.
+  returned: always
+  type: bool
 actions:
   description: What was done (in check mode, would be done), in order.
   returned: always
   type: list
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -121,7 +126,8 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
         packages = scratch / f"venv/lib/python{about['python']}/site-packages"
         rc, _, err = module.run_command(
             [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
-            + ["--invalidation-mode", "unchecked-hash", "-s", str(scratch), "-p", str(directory), str(packages)]
+            + ["-x", r"/site-packages/pip/", "--invalidation-mode", "unchecked-hash"]  # no service imports pip
+            + ["-s", str(scratch), "-p", str(directory), str(packages)]
         )
         if rc != 0:
             module.fail_json(
@@ -265,6 +271,19 @@ def go_back(
     return name, [f"switch back from {current or 'nothing'} to {name}"]
 
 
+def hold(module: AnsibleModule, root: Path) -> None:
+    """Waits for another one at work here, which a controller that was killed may have left; held until this ends."""
+    if not root.is_dir():
+        return
+    descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)  # closed by the end of the process
+    for _ in range(600):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)
+    module.fail_json(msg=f"Another run has been changing releases in {root} for two minutes: ps -ef | grep nox_release")
+
+
 def complete_releases(root: Path) -> tuple[list[str], list[str]]:
     """(releases, what runs that were killed have left)."""
     releases = root / "releases"
@@ -292,6 +311,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     root, name = Path(module.params["root"]), module.params["id"]
+    hold(module, root)
     manifest = root / "manifest.json"
     entries = read_manifest(manifest)
     lost = not entries
@@ -307,6 +327,7 @@ def main() -> None:
             actions=actions,
             previous=previous,
             release=release,
+            proven=bool(entries) and entries[-1]["release"] == release and outcomes(entries[-1:]).get(release, False),
             diff={"before": "", "after": "".join(f"{action}\n" for action in actions)},
         )
 

@@ -34,6 +34,7 @@ status:
     release: 0.1.0-3f9d2c1ab04e
     release_since: "2026-01-02T03:04:05Z"
     last_healthy: 0.1.0-3f9d2c1ab04e
+    proven: true
     healthy: true
     problem: ""
     restarts: {nox-api.service: 0, nox-runner.service: 0}
@@ -93,6 +94,8 @@ def releases() -> dict[str, Any]:
         "version": current.rpartition("-")[0],
         "release_since": mine.get("since", ""),
         "last_healthy": healthy,
+        # whether it passed its tests since it was switched to
+        "proven": bool(entries) and entries[-1] == mine and bool(mine.get("healthy")) and not mine.get("failed"),
     }
 
 

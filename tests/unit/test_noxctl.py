@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from noxctl import journal as journal_module
 from noxctl import report, rollout
 from noxctl.journal import Journal, Locked, locked
 from noxctl.play import End, Event, Options, PlayError, error_text, fleet, note, read
 from noxctl.rollout import Unusable, deal, exit_code, judge, read_bundle, status_of
-from noxctl.view import printable
+from noxctl.view import Lines, Screen, Total, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = [f"h{number}" for number in range(1, 11)]
@@ -106,6 +109,7 @@ def test_a_rescued_host_is_no_success() -> None:
         ("done", ["done", "unreachable"], 6),
         ("done", ["done", "rolled back"], 1),
         ("stopped", ["unreachable", "waiting"], 6),
+        ("stopped", ["waiting", "waiting"], 6),  # an edge was
         ("stopped", ["unreachable", "failed", "waiting"], 5),
         ("paused", ["done", "waiting"], 1),
     ],
@@ -216,6 +220,67 @@ def test_the_second_controller_is_told_who_holds_the_lock(tmp_path: Path, monkey
         holder.wait()
     with locked(tmp_path, "mine"):
         pass
+
+
+ORPHAN = """
+import subprocess, sys
+sys.path.insert(0, sys.argv[2])
+from noxctl.journal import locked
+from pathlib import Path
+code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+with locked(Path(sys.argv[1]), "a rollout"):
+    left = subprocess.Popen([sys.executable, "-c", code, "ansible-playbook"], stdout=subprocess.PIPE)
+    left.stdout.readline()
+    print(left.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_ansible_of_a_killed_controller_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOX_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(journal_module, "ORPHAN_SECONDS", 0.5)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, tmp_path, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert killed.stdout is not None
+    orphan = int(killed.stdout.readline())
+    killed.kill()
+    killed.wait()
+
+    def lives() -> bool:
+        words = Path(f"/proc/{orphan}/cmdline")
+        return words.exists() and words.read_bytes() != b""  # else it only waits to be counted
+
+    with locked(tmp_path / "other", "mine"):
+        assert lives()  # another inventory's is left alone
+    with locked(tmp_path, "mine"):
+        assert not lives()
+
+
+# ── What a person sees
+
+
+def test_the_whole_of_a_rollout_is_drawn_and_said() -> None:
+    waves = [("canary", 1, "done"), ("wave 1", 3, "running"), ("wave 2", 16, "waiting")]
+    total = Total("rollout of 2.0", waves, done=1, failed=1, left=18, began=time.time() - 70, ends=time.time() + 300)
+    screen = Screen(Console(file=io.StringIO(), force_terminal=True, width=100, height=20))
+    screen.total(total)
+    screen.begin("wave 1: upgrade", ["a", "b", "c"])
+    screen.event(Event("task", "b", "Ship the archive", time.time()))
+    screen.event(Event("failed", "c", "Run it", time.time(), result={"msg": "nox-api.service is failed\nNOX_REGION"}))
+    screen.end()
+    drawn = screen.console.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("rollout of 2.0", "1 done", "2 failed", "17 left", "✔ canary (1)", "▶ wave 1 (3)", "· wave 2 (16)"):
+        assert words in drawn
+    assert re.search(r"about \d+ min", drawn)
+    # the first error of a host at once, all of its lines
+    assert "c: failed in Run it" in drawn and "    nox-api.service is failed" in drawn and "NOX_REGION" in drawn
+
+    lines = Lines(Console(file=io.StringIO(), width=100))
+    lines.total(total)
+    lines.total(total)
+    said = lines._console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("1 done, 1 failed, 18 left, about ") == 1
 
 
 # ── The report

@@ -1,0 +1,229 @@
+"""What noxctl costs: beside the least that ssh can do, and beside copying and unpacking the same release by hand.
+
+    python -m tests.bench.fleet [-n 50] [--rounds 3] [--inventory DIR] [--json FILE]
+
+Boots a lab of its own with N hosts, installs Nox there and takes it down at the end; with --inventory it measures hosts that
+are installed already. The sides take turns, so that whatever else the machine does weighs on all alike. Writes its table to
+docs/performance.md.
+
+    status    noxctl status; beside a parallel `ssh host true`, over connections that are there already
+    upgrade   noxctl upgrade from a bundle, all hosts at once; beside a parallel scp and tar of the same release
+    control   CPU seconds and memory of noxctl and all its processes, per host, on half of the hosts and on all
+    stopped   a rollout of a release that is too slow: how many hosts ever ran it, and how soon the canary was well again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from noxctl.journal import Journal
+from noxctl.rollout import read_bundle
+from tests import releases
+from tests.bench.__main__ import DOCUMENT, machine
+from tests.bench.repair import inventory_hosts, run, ssh
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = "b-fleet"
+BEGIN, END = "<!-- figures: tests/bench/fleet.py -->", "<!-- end of the fleet's figures -->"
+NOXCTL = [sys.executable, "-m", "noxctl"]
+Hosts = dict[str, dict[str, Any]]
+
+
+def make_bundle(place: Path, version: str, addition: str = "") -> Path:
+    """A release of this checkout under another number; with `addition` at the end of the application's module."""
+    app, out = releases.tree(place, version, {"nox_api/application.py": addition}), place / f"{version}.bundle"
+    run(*NOXCTL, "bundle", "--app", app, "--out", out, "--target", "3.11 x86_64")
+    return out
+
+
+def at_once(commands: list[list[str]]) -> None:
+    """All of them in parallel; each must succeed."""
+    started = [subprocess.Popen(one, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for one in commands]
+    if [process for process in started if process.wait() != 0]:
+        raise SystemExit(f"failed: {shlex.join(commands[0])}, or another like it")
+
+
+def on_all(hosts: Hosts, command: str) -> None:
+    at_once([[*ssh(one, shared=True), command] for one in hosts.values()])
+
+
+def by_hand(hosts: Hosts, archive: Path) -> None:
+    """The release's archive to every host, and unpacked there."""
+    commands = []
+    for one in hosts.values():
+        words = ssh(one, shared=True)
+        copy = ["scp", "-q", *words[1:-1], str(archive), f"{words[-1]}:/var/tmp/bench.tar.gz"]
+        unpack = [*words, "mkdir -p /var/tmp/bench && tar -C /var/tmp/bench -xzf /var/tmp/bench.tar.gz"]
+        commands.append(["sh", "-c", f"{shlex.join(copy)} && {shlex.join(unpack)}"])
+    at_once(commands)
+
+
+def tree_memory(root: int) -> int:
+    """Bytes of a process and all below it, shared pages dealt out (PSS)."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+    mine, total = {root}, 0
+    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= more
+    for pid in mine:
+        try:
+            found = re.search(r"(?m)^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())
+            total += int(found[1]) << 10 if found else 0
+        except OSError:
+            continue
+    return total
+
+
+def cost(words: list[str]) -> tuple[float, float]:
+    """(CPU seconds, MiB at most) of a command and all that it starts."""
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            most[0] = max(most[0], tree_memory(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, _, used = os.wait4(process.pid, 0)
+    over.set()
+    watcher.join()
+    return used.ru_utime + used.ru_stime, most[0] / (1 << 20)
+
+
+def stopped(inventory: Path, bundle: Path, limit: str) -> tuple[int, float]:
+    """(hosts that ever ran the bad release, seconds from the failed gate to a canary that passes its tests)."""
+    words = [*NOXCTL, "rollout", str(bundle), "-i", str(inventory), "--yes", "--json", "--soak", "0", "--limit", limit]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 5:
+        raise SystemExit(f"the bad release was not stopped:\n{done.stdout}{done.stderr}")
+    journal = Journal()
+    found = json.loads(done.stdout)["run"]
+    rows = journal.hosts(found)
+    (canary,) = [host for host, row in rows.items() if row["state"] != "waiting"]
+    tested = [
+        step["started"] + step["seconds"]
+        for step in journal.steps(found)
+        if step["host"] == canary and step["task"] == "Try the service as a client would" and step["outcome"] == "ok"
+    ]
+    return len([row for row in rows.values() if row["state"] != "waiting"]), max(tested) - rows[canary]["ended"]
+
+
+def measure(inventory: Path, rounds: int, place: Path) -> dict[str, Any]:
+    hosts = {name: one for name, one in inventory_hosts(inventory).items() if not name.startswith("edge")}
+    bundles = [make_bundle(place, version) for version in ("0.1.98", "0.1.99")]
+    bad = make_bundle(place, "0.1.97", releases.SLOW)
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        begun = time.monotonic()
+        action()
+        seconds.setdefault(name, []).append(time.monotonic() - begun)
+
+    on_all(hosts, "true")  # opens the connections
+    status = [*NOXCTL, "status", "-i", str(inventory), "--json"]
+    for _ in range(rounds):
+        timed("status", lambda: run(*status))
+        timed("ssh true", lambda: on_all(hosts, "true"))
+    for turn in range(rounds):
+        bundle = bundles[turn % 2]
+        (release,) = read_bundle(bundle)[0]["releases"]
+        archive = Path("~/.cache/nox/releases").expanduser() / f"{release['id']}.tar.gz"
+        on_all(hosts, f"rm -rf /var/tmp/bench* /opt/nox/archives/{release['id']}* /opt/nox/releases/{release['id']}")
+        timed("scp and tar", lambda archive=archive: by_hand(hosts, archive))  # type: ignore[misc]
+        words = [*NOXCTL, "upgrade", "-i", str(inventory), "--json", "-e", f"nox_release_bundle={bundle}"]
+        timed("upgrade", lambda words=words: run(*words))  # type: ignore[misc]
+    on_all(hosts, "rm -rf /var/tmp/bench*")
+    half = ",".join(list(hosts)[: max(1, len(hosts) // 2)])
+    few, all_of_them = cost([*status, "--limit", half]), cost(status)
+    ran, back = stopped(inventory, bad, half)
+    return {
+        "hosts": len(hosts), "seconds": seconds,
+        "median": {name: statistics.median(values) for name, values in seconds.items()},
+        "control": {"few": [half.count(",") + 1, *few], "all": [len(hosts), *all_of_them]},
+        "stopped": {"ran": ran, "seconds": back},
+    }  # fmt: skip
+
+
+def table(figures: dict[str, Any]) -> str:
+    """As Markdown, each beside what the design asks for."""
+    median, hosts = figures["median"], figures["hosts"]
+    rows = ["| what | figure | beside | ratio | wanted |", "|---|---|---|---|---|"]
+
+    def row(what: str, value: float, unit: str, beside: str, base: float, wanted: str) -> None:
+        rows.append(f"| {what} | {value:.2f} {unit} | {beside} {base:.2f} | **{value / base:.2f} x** | {wanted} |")
+
+    row(
+        f"`noxctl status`, {hosts} hosts",
+        median["status"],
+        "s",
+        "parallel `ssh host true`",
+        median["ssh true"],
+        "≤ 2 x",
+    )
+    row(f"upgrade of {hosts} hosts at once", median["upgrade"], "s", "scp and tar", median["scp and tar"], "≤ 2 x")
+    (few, few_cpu, few_memory), (many, cpu, memory) = figures["control"]["few"], figures["control"]["all"]
+    row(
+        f"CPU of the control side per host, `status` of {many}", cpu / many, "s", f"of {few}:", few_cpu / few, "≤ 1.2 x"
+    )
+    row(
+        f"memory of the control side per host, of {many}",
+        memory / many,
+        "MiB",
+        f"of {few}:",
+        few_memory / few,
+        "≤ 1.2 x",
+    )
+    bad = figures["stopped"]
+    rows.append(f"| hosts that ever ran a release that is too slow | {bad['ran']} | | | 1, the canary |")
+    rows.append(f"| from its failed gate to the canary well again | {bad['seconds']:.1f} s | | | ≤ 15 s |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", type=int, default=50, metavar="HOSTS")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--inventory", type=Path, help="measure these hosts; their lab is left alone")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    os.environ["ANSIBLE_CONFIG"] = str(ROOT / "ansible.cfg")
+    inventory = (options.inventory or ROOT / ".run/bench-fleet").resolve()
+    with tempfile.TemporaryDirectory(prefix="bench-fleet-") as place:
+        os.environ["NOX_STATE_DIR"] = f"{place}/state"
+        try:
+            if not options.inventory:
+                run(sys.executable, "-m", "lab", "up", f"--lab={LAB}", "-n", str(options.n), f"--inventory={inventory}")
+                run(*NOXCTL, "install", "-i", inventory, "--json")
+            figures = measure(inventory, options.rounds, Path(place))
+        finally:
+            if not options.inventory:
+                run(sys.executable, "-m", "lab", "down", f"--lab={LAB}")
+    text = f"`python -m tests.bench.fleet`, {options.rounds} rounds in turns, controller and hosts on {machine()}:\n\n{table(figures)}"
+    print(text)
+    before, _, after = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after.partition(END)[2]}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
