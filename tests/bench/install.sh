@@ -50,7 +50,6 @@ install -d /etc/caddy/sites-enabled
 install -m 0644 etc/caddy/sites-enabled/nox-api.caddy /etc/caddy/sites-enabled/nox-api.caddy
 install -m 0644 etc/caddy/Caddyfile /etc/caddy/Caddyfile
 caddy validate --adapter caddyfile --config /etc/caddy/Caddyfile
-chown -R caddy: /var/lib/caddy
 systemctl enable caddy
 systemctl restart caddy
 

@@ -171,7 +171,7 @@ def payload(host: dict[str, Any], place: Path) -> None:
     files = "etc/default/nox-api etc/logrotate.d/nox-api etc/systemd/system/nox-* etc/caddy usr/local/bin/nox-* usr/local/share/nox"
     history = "var/lib/nox-api/history/HEAD var/lib/nox-api/history/config"
     packed = subprocess.run(
-        [*ssh(host, shared=True), f"tar -C / -c {files} {history}"], capture_output=True, check=True
+        [*ssh(host, shared=True), f"cd / && tar -c {files} {history}"], capture_output=True, check=True
     )
     subprocess.run(["tar", "-C", place, "-x"], input=packed.stdout, check=True)
     for name in ("app/nox_api", "app/nox_runner", "requirements"):
