@@ -129,7 +129,7 @@ def yamllint() -> None:
 
 
 def shellcheck() -> None:
-    run("shellcheck", "-x", *sorted((ROOT / "tests").glob("*.sh")), ROOT / ".ci/run")
+    run("shellcheck", "-x", *sorted((ROOT / "tests").rglob("*.sh")), ROOT / ".ci/run")
 
 
 def ansible_lint() -> None:
