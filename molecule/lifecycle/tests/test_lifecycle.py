@@ -61,7 +61,10 @@ def test_a_good_release(noxes: list[Nox], tree: Any) -> None:
     assert [one.ask(f"/history/{run}")["source"] for one, run in zip(noxes, runs, strict=True)] == [
         "print('before')"
     ] * 2
-    assert play("upgrade", nox_release_source=source).count("changed=0") == 2
+    # Whatever is to be kept: never the running release is pruned, nor the one that a rollback would go to.
+    assert play("upgrade", nox_release_source=source, nox_release_keep=1).count("changed=0") == 2
+    for one, before in zip(noxes, INSTALLED, strict=True):
+        assert set(one.run("ls /opt/nox/releases").split()) == {before, one.release()}
 
 
 def test_a_release_that_cannot_be_loaded_is_not_switched_to(noxes: list[Nox], tree: Any) -> None:
