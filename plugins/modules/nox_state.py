@@ -964,9 +964,9 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
 
 
 def light(findings: list[Finding], role: str) -> bool:
-    """Whether units to start and attributes to set are all that a role's findings ask for."""
+    """Whether units to start, attributes to set, and the record to write again are all that a role's findings ask for."""
     right = set(right_paths(findings))
-    return all(one.id in ONLY_DOWN or one.what in right for one in findings if one.owner == role)
+    return all(one.id in (*ONLY_DOWN, "record.mode") or one.what in right for one in findings if one.owner == role)
 
 
 def right_paths(findings: list[Finding]) -> list[str]:

@@ -361,6 +361,9 @@ class TestAttributes:
         found = [finding("nox_service", "path.mode"), down]
         assert (nox_state.owners_of(found), nox_state.right_paths(found)) == ([], ["x"])
 
+    def test_the_record_is_written_again_anyway(self) -> None:
+        assert nox_state.owners_of([finding("nox_service", "record.mode")]) == []
+
     @pytest.mark.parametrize("deeper", ["path.changed", "user.missing"])
     def test_what_goes_deeper_takes_the_role(self, deeper: str) -> None:
         found = [finding("nox_logs", "path.owner"), finding("nox_logs", deeper)]
