@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-ur
 TARGET_PYTHONS := 3.10 3.11 3.12 3.13
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
-.PHONY: help setup demo demo-down test lint unit molecule matrix install check harden drift repair lab-up lab-down lab-status hostile bench fleet-test collection docs role-docs lock clean
+.PHONY: help setup demo demo-down test lint unit molecule matrix install check harden drift repair lab-up lab-down lab-status hostile bench bench-repair fleet-test collection docs role-docs lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ collection: setup ## the archive dist/nox-platform-VERSION.tar.gz, for ansible-g
 	$(BIN)/ansible-galaxy collection build --force --output-path dist
 bench: setup ## the figures of docs/performance.md, and bench.json: make bench [BENCH="--part memory"]
 	@$(BIN)/python -m tests.bench $(BENCH)
+
+bench-repair: setup ## the second table of docs/performance.md: repair and install: make bench-repair [BENCH="--part clean -n 50"]
+	@$(BIN)/python -m tests.bench.repair $(BENCH)
 
 clean: ## remove what the targets made in this folder (not the lab's hosts)
 	rm -rf .venv .venv-* .run .cache .mypy_cache .ruff_cache .pytest_cache .ansible dist inventory/lab

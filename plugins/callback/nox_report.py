@@ -59,8 +59,8 @@ def outcome(host: Host, repairing: bool) -> str:
 
 
 def remedies(found: dict[str, Any]) -> list[str]:
-    """What a repair does about a check's result: roles, and units that are started, restarted or reloaded."""
-    words = list(found["owners"])
+    """What a repair does about a check's result: attributes, roles, and units that are started, restarted or reloaded."""
+    words = [*(["owners and modes"] if found["set_right"] else []), *found["owners"]]
     for verb, units in (("start", found["down"]), ("restart", found["stale"]), ("reload", found["stale_proxy"])):
         words += [f"{verb} {unit}" for unit in units]
     return words

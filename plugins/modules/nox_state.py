@@ -16,8 +16,9 @@ author: The Nox maintainers
 options:
   state:
     description:
-      - V(checked) compares. V(cleared) moves what stands in the roles' way to a directory of its own, where nothing
-        is lost. V(recorded) remembers the host as it is and compares what is alive.
+      - V(checked) compares. V(cleared) gives paths their recorded owner and mode, which takes no role, and moves what
+        stands in the roles' way to a directory of its own, where nothing is lost. V(recorded) remembers the host as it
+        is and compares what is alive.
     type: str
     choices: [checked, cleared, recorded]
     default: checked
@@ -66,11 +67,17 @@ findings:
       severity: fail
       since: "2026-01-31T12:00:00Z"
 owners:
-  description: The roles that mend the findings, in the order of an install. A role whose units are merely down isn't among them.
+  description:
+    - The roles that mend the findings, in the order of an install. A role isn't among them whose units are merely down, or
+      whose paths only lost their owner or mode.
   returned: always
   type: list
 down:
   description: Units that only have to be enabled and started; nothing else of their role differs.
+  returned: always
+  type: list
+set_right:
+  description: Paths that O(state=cleared) gives back their owner and mode.
   returned: always
   type: list
 stale:
@@ -237,6 +244,8 @@ SETFLAGS = 0x40086602  # FS_IOC_SETFLAGS there, on 64-bit hosts
 CLOCK_SLACK = 2.0  # seconds; a process's start is known to the second only
 CLOCK_BEHIND = 300.0  # seconds that the clock may be behind the record, which was written in the past
 LOGS_LARGE = 1 << 30  # bytes in the log directory: rotation doesn't work, or nobody can read that much
+# What the record itself is enough to mend.
+ATTRIBUTES = ("path.owner", "path.mode", "path.immutable")
 # What is mended by starting or restarting a unit; everything else takes the role that made it.
 ONLY_DOWN = (
     "unit.failed",
@@ -954,15 +963,25 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
     return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
 
 
-def only_down(findings: list[Finding], role: str) -> bool:
-    return all(one.id in ONLY_DOWN for one in findings if one.owner == role)
+def light(findings: list[Finding], role: str) -> bool:
+    """Whether units to start, attributes to set, and the record to write again are all that a role's findings ask for."""
+    right = set(right_paths(findings))
+    return all(one.id in (*ONLY_DOWN, "record.mode") or one.what in right for one in findings if one.owner == role)
+
+
+def right_paths(findings: list[Finding]) -> list[str]:
+    """Paths of which only owner or mode differ. Of a lost account's the account is lost, and the role makes both."""
+    if any(one.id.startswith("user.") or one.id == "record.missing" for one in findings):
+        return []
+    deeper = {one.what for one in findings if one.id not in ATTRIBUTES}
+    return sorted({one.what for one in findings if one.id in ATTRIBUTES} - deeper)
 
 
 def owners_of(findings: list[Finding]) -> list[str]:
     """The roles to run, in the order of an install; without a record nothing can be left out."""
     wanted = {finding.owner for finding in findings}
     every = [role for role in ROLES if role != "nox_harden" or hardened()] if "all" in wanted else []
-    return [role for role in ROLES if role in every or (role in wanted and not only_down(findings, role))]
+    return [role for role in ROLES if role in every or (role in wanted and not light(findings, role))]
 
 
 def down_units(findings: list[Finding]) -> list[str]:
@@ -990,7 +1009,7 @@ def obstacles(findings: list[Finding], record: Record) -> list[str]:
 
 def in_the_way(findings: list[Finding], record: Record) -> bool:
     ids = ("path.kind", "path.changed", "path.immutable", "release.damaged", "release.manifest", "disk.space")
-    return any(one.id in ids for one in findings) or bool(obstacles(findings, record))
+    return any(one.id in ids for one in findings) or bool(right_paths(findings)) or bool(obstacles(findings, record))
 
 
 def make_room() -> None:
@@ -998,6 +1017,22 @@ def make_room() -> None:
     run("apt-get", "clean")
     for leftover in ROOT.glob("releases/.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_right(path: str, record: Record) -> None:
+    """Owner and mode as recorded, of what was opened: a user of the service may put a link in the place meanwhile."""
+    entry = record["paths"].get(path) or record["paths"][record["sandbox"]]  # a sandbox that was moved
+    user, _, group = entry["owner"].partition(":")
+    ids = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+    if entry["kind"] == "link":
+        os.chown(path, *ids, follow_symlinks=False)
+        return
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        os.fchown(handle, *ids)
+        os.fchmod(handle, int(entry["mode"], 8))
+    finally:
+        os.close(handle)
 
 
 def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str, str]]:
@@ -1025,6 +1060,8 @@ def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str
                 fcntl.ioctl(handle, GETFLAGS, flags)
                 flags[0] &= ~IMMUTABLE
                 fcntl.ioctl(handle, SETFLAGS, flags)
+    for path in right_paths(findings):
+        set_right(path, record)
     for finding in findings:
         if finding.id == "path.kind":
             keep(finding.what, copy=False)
@@ -1090,6 +1127,7 @@ def main() -> None:
         findings=[dataclasses.asdict(finding) for finding in findings],
         owners=owners_of(findings),
         down=down_units(findings),
+        set_right=right_paths(findings),
         # together: the socket's file descriptor and the front's connection belong to each other
         stale=list(NOX_UNITS) if stale_units(findings, "nox_service") else [],
         stale_proxy=stale_units(findings, "nox_proxy"),

@@ -339,11 +339,52 @@ class TestReport:
         assert not nox_report.without_python({"msg": "python3-apt: not found in the archive"})
 
     def test_remedies_in_the_order_in_which_they_are_taken(self) -> None:
-        found = {"owners": ["nox_logs"], "down": ["a"], "stale": [], "stale_proxy": ["caddy.service"]}
-        assert nox_report.remedies(found) == ["nox_logs", "start a", "reload caddy.service"]
+        found = {
+            "owners": ["nox_logs"],
+            "down": ["a"],
+            "set_right": ["/x"],
+            "stale": [],
+            "stale_proxy": ["caddy.service"],
+        }
+        assert nox_report.remedies(found) == ["owners and modes", "nox_logs", "start a", "reload caddy.service"]
 
     def test_every_finding_is_in_the_table(self) -> None:
         hosts = {"b": nox_report.Host("drifted", [self.FOUND], left=[]), "a": nox_report.Host("clean")}
         text = nox_report.table(hosts, repairing=True)
         assert text.index("\na ") < text.index("\nb ")
         assert "mended  fail unit.failed nox-api.service: failed, not active" in text
+
+
+class TestAttributes:
+    def test_owner_and_mode_take_no_role(self) -> None:
+        down = nox_state.Finding("unit.inactive", "nox_service", "nox-api.service", "active", "inactive")
+        found = [finding("nox_service", "path.mode"), down]
+        assert (nox_state.owners_of(found), nox_state.right_paths(found)) == ([], ["x"])
+
+    def test_the_record_is_written_again_anyway(self) -> None:
+        assert nox_state.owners_of([finding("nox_service", "record.mode")]) == []
+
+    @pytest.mark.parametrize("deeper", ["path.changed", "user.missing"])
+    def test_what_goes_deeper_takes_the_role(self, deeper: str) -> None:
+        found = [finding("nox_logs", "path.owner"), finding("nox_logs", deeper)]
+        assert (nox_state.owners_of(found), nox_state.right_paths(found)) == (["nox_logs"], [])
+
+    def test_they_are_given_back_as_recorded(self, tmp_path: Path) -> None:
+        path = tmp_path / "tool"
+        path.write_text("x")
+        owner = f"{path.owner()}:{path.group()}"
+        record = {"sandbox": "/none", "paths": {str(path): {"kind": "file", "owner": owner, "mode": "0750"}}}
+        nox_state.set_right(str(path), record)
+        assert path.stat().st_mode & 0o7777 == 0o750
+
+    def test_a_link_in_the_place_is_not_followed(self, tmp_path: Path) -> None:
+        target = tmp_path / "shadow"
+        target.write_text("x")
+        target.chmod(0o600)
+        path = tmp_path / "tool"
+        path.symlink_to(target)
+        owner = f"{target.owner()}:{target.group()}"
+        record = {"sandbox": "/none", "paths": {str(path): {"kind": "file", "owner": owner, "mode": "0777"}}}
+        with pytest.raises(OSError, match="symbolic"):
+            nox_state.set_right(str(path), record)
+        assert target.stat().st_mode & 0o7777 == 0o600

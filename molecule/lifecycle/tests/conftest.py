@@ -71,6 +71,25 @@ class Nox:
         except urllib.error.HTTPError as error:
             return error.code
 
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON answer to a request with the token."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        headers = {"Authorization": f"Bearer {self.token()}", "Content-Type": "application/json"}
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=60, context=context) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+        return found
+
+    def remembered_run(self, code: str) -> str:
+        """The id of a run that is in the history, which is written behind the answer's back."""
+        run = str(self.ask("/run_py", {"code": code})["run_id"])
+        for _ in range(100):
+            if self.status(self.token(), f"/history/{run}") == 200:
+                return run
+            time.sleep(0.1)
+        raise AssertionError(f"{run} didn't come into the history of {self.name}")
+
 
 @pytest.fixture(scope="session")
 def noxes() -> list[Nox]:

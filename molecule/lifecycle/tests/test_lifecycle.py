@@ -49,13 +49,22 @@ def test_the_address_follows_the_settings(noxes: list[Nox]) -> None:
 def test_a_good_release(noxes: list[Nox], tree: Any) -> None:
     source = tree("good", "pyproject.toml", 'version = "0.', 'version = "1.')
     INSTALLED[:] = [one.release() for one in noxes]
+    for one in noxes:
+        one.run("sed -i 's/^NOX_HISTORY=.*/NOX_HISTORY=on/' /etc/default/nox-api && systemctl reload nox-api")
+    runs = [one.remembered_run("print('before')") for one in noxes]
     with load(noxes, "upgrade") as counts:
         play("upgrade", nox_release_source=source)
     assert lost(counts) == []
     for one, before in zip(noxes, INSTALLED, strict=True):
         assert one.release().startswith("1.") and one.release() != before
         assert one.manifest()[-1]["healthy"]
-    assert play("upgrade", nox_release_source=source).count("changed=0") == 2
+    assert [one.ask(f"/history/{run}")["source"] for one, run in zip(noxes, runs, strict=True)] == [
+        "print('before')"
+    ] * 2
+    # Whatever is to be kept: never the running release is pruned, nor the one that a rollback would go to.
+    assert play("upgrade", nox_release_source=source, nox_release_keep=1).count("changed=0") == 2
+    for one, before in zip(noxes, INSTALLED, strict=True):
+        assert set(one.run("ls /opt/nox/releases").split()) == {before, one.release()}
 
 
 def test_a_release_that_cannot_be_loaded_is_not_switched_to(noxes: list[Nox], tree: Any) -> None:
@@ -180,6 +189,7 @@ def test_backup_uninstall_restore(noxes: list[Nox], tmp_path: Path) -> None:
         "chown -hR nox:nox deep link && chmod 640 deep/er/kept.txt && sed -i 's/^NOX_QUEUE=.*/NOX_QUEUE=7/' /etc/default/nox-api"
     )
     sandbox = "cd /home/nox/nox/sandbox && find . -mindepth 1 -printf '%p %u %m %l %s %T@\\n' | sort"
+    run = one.remembered_run("print('saved')")
     about = one.token(), one.release(), one.run(sandbox), one.manifest()
     assert "nox_backup_dir" in play("backup", wanted=2)
     play("backup", "--limit=nox2", nox_backup_dir=str(tmp_path))
@@ -206,5 +216,6 @@ def test_backup_uninstall_restore(noxes: list[Nox], tmp_path: Path) -> None:
     assert (one.token(), one.release(), one.run(sandbox), one.manifest()) == about
     assert one.run("grep ^NOX_QUEUE= /etc/default/nox-api") == "NOX_QUEUE=7"
     assert one.status(about[0]) == 200
+    assert one.ask(f"/history/{run}")["source"] == "print('saved')"
     assert "Nox is on this host" in play("restore", "--limit=nox2", nox_restore_from=str(archive), wanted=2)
     assert play("drift").count("changed=0") == 2

@@ -22,8 +22,8 @@ INVENTORY = Path(os.environ["NOX_INVENTORY"])
 PROJECT = Path(os.environ["ANSIBLE_CONFIG"]).parent
 # In the environment, so that all processes choose the same pairs.
 SEED = int(os.environ.setdefault("NOX_MATRIX_SEED", str(random.SystemRandom().randrange(10**6))))
-EVERY = int(os.environ.get("NOX_MATRIX_EVERY", "1"))  # every so-manieth damage alone
 PAIRS = int(os.environ.get("NOX_MATRIX_PAIRS", "20"))
+PART, PARTS = map(int, os.environ.get("NOX_MATRIX_PART", "1/1").split("/"))  # "2/4": the second fourth of all tests
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,15 @@ def host(site: Site) -> Any:
 
 
 def pytest_report_header() -> str:
-    part = f"every {EVERY}th damage (NOX_MATRIX_EVERY), " if EVERY > 1 else ""
+    part = f"part {PART} of {PARTS} (NOX_MATRIX_PART), " if PARTS > 1 else ""
     return f"{part}random pairs: {PAIRS}, seed {SEED} (NOX_MATRIX_PAIRS, NOX_MATRIX_SEED)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every so-manieth test: each part has some of each kind."""
+    chosen = items[PART - 1 :: PARTS]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -115,6 +122,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for failed, name, findings, by, seconds in sorted(rows, key=lambda row: row[5] if len(row) > 5 else 0):
         write(f"{name:{width}}  {seconds:7.1f}  {'FAILED ' if failed else ''}{findings} → {by}")
     times = sorted(row[4] for row in rows)
-    part = f", of single ones every {EVERY}th (all: make matrix)" if EVERY > 1 else ""
+    part = f", part {PART} of {PARTS} (all: make matrix)" if PARTS > 1 else ""
     write(f"damages: {len(rows)}{part}; seed of the pairs {SEED}")
     write(f"damage to healthy, median: {times[len(times) // 2]:.1f} s, longest: {times[-1]:.1f} s")

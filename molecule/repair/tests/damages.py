@@ -98,6 +98,8 @@ DAMAGES = [
         (
             "user.missing nox-api",
             "path.owner /var/log/nox-api",
+            "path.owner /var/lib/nox-api",
+            *(f"path.owner /var/lib/nox-api/history{path}" for path in ("", "/HEAD", "/config", "/objects", "/refs")),
             "socket.closed nox-runner.socket",
         ),
     ),
