@@ -39,7 +39,8 @@ ON_REQUEST = {
     "fleet": "tests/run.py fleet, 10 minutes",
     "lifecycle": "tests/run.py lifecycle, 8 minutes",
     "acme": "tests/run.py acme, 5 minutes",
-    "guides": "tests/run.py guides, 10 minutes",
+    "guides": "tests/run.py guides, 15 minutes",
+    "history": "tests/run.py history, 6 minutes",
     "container": "tests/run.py container, 6 minutes",
     "hostile": "tests/run.py hostile, 10 minutes",
 }
@@ -99,7 +100,15 @@ def ruff() -> None:
 
 def mypy() -> None:
     run("mypy", "lab", "playbooks/drift.py", "docs/generate.py", "docs/pages.py")
-    run("mypy", "tests/run.py", "tests/load.py", "tests/collection.py", "tests/guides.py", "tests/acme")
+    run(
+        "mypy",
+        "tests/run.py",
+        "tests/load.py",
+        "tests/collection.py",
+        "tests/guides.py",
+        "tests/history.py",
+        "tests/acme",
+    )
     run("mypy", "tests/hostile", "tests/bench", "tests/container_deployment.py")
     run("mypy", "--python-version=3.11", "noxctl")
     for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
@@ -313,6 +322,7 @@ STEPS = (
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
+    Step("history", "history: told, kept, bounded", on_lab_hosts("tests.history")),
     Step("container", "container deployment", containers()),
     Step("hostile", "45 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
