@@ -26,7 +26,7 @@ from tests.on_hosts import BIN, ROOT, lab, run
 LAB = "guides"
 SERVER, REMOTE = "server", "run1"  # the one installs itself, the other is installed over ssh
 # In the order a reader goes: later pages use the hosts that `install` has made.
-PAGES = "quickstart install api tokens proxies limits history repair troubleshooting fleet".split()
+PAGES = "quickstart install api tokens proxies limits history repair troubleshooting fleet operations".split()
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>run: (?:control|host|client)|not run: [^>]+|shows) -->\n)?"
     r"^```(?P<kind>\w+)\n(?P<text>.*?)^```$",
