@@ -94,6 +94,10 @@ def target_of(inventory: Path) -> Target:
     return Target(f"https://{json.loads(known.stdout)['ansible_host']}", token, str(inventory / f".ca/{HOST}.crt"))
 
 
+def release() -> str:
+    return Path(on(LAB, HOST, "readlink /opt/nox/current").strip()).name
+
+
 def prove(inventory: Path, place: Path) -> None:
     history = {"nox_history": True}
     play(inventory, "install", **history)
@@ -124,10 +128,10 @@ def prove(inventory: Path, place: Path) -> None:
     witness.look("repair")
 
     play(inventory, "upgrade", nox_release_source=other_release(place / "other"), **history)
-    expect(target.health()["version"].startswith("1."), "the upgrade did not take place")
+    expect(release().startswith("1."), "the upgrade did not take place")
     witness.look("upgrade")
     play(inventory, "rollback", **history)
-    expect(target.health()["version"].startswith("0."), "the rollback did not take place")
+    expect(release().startswith("0."), "the rollback did not take place")
     witness.look("rollback")
 
     play(inventory, "backup", nox_backup_dir=str(place / "backup"), **history)
