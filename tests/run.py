@@ -146,6 +146,11 @@ def docs() -> None:
     found = {tag for page in (ROOT / ".run/site").rglob("*.html") for tag in foreign.findall(page.read_text())}
     if found:
         raise Failed(f"pages load from elsewhere: {' '.join(sorted(found))}")
+    # Python's Markdown wants an empty line before a list, GitHub's doesn't.
+    code, item = re.compile(r"<(pre|script|style)\b.*?</\1>", re.DOTALL), re.compile(r"(?m)^(?:[*-]|\d+\.) ")
+    run_on = [page.name for page in (ROOT / ".run/site").rglob("*.html") if item.search(code.sub("", page.read_text()))]
+    if run_on:
+        raise Failed(f"lists that are no lists, for want of an empty line before them: {' '.join(sorted(run_on))}")
 
 
 def unit_control() -> None:
