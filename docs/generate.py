@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ def shown(option: dict[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
+    text = re.sub(r"\b[CVO]\(([^()]*)\)", r"`\1`", text)  # Ansible's own markup of code
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").strip()
 
 

@@ -1,8 +1,9 @@
-"""The container deployment, built and run for real on a lab host: python tests/container_deployment.py
+"""The container deployment, built and run for real on a lab host: python -m tests.container_deployment
 
-Builds the Dockerfile with buildah on a base image made of the host's own root (no registry is asked), tries the image as
-`docker run` would, sees that it fails without its seccomp profile, then lets playbooks/install.yml run
-it under systemd. Exit codes: 0 passed, 1 failed, 3 cannot run here (with the reason).
+On a base image made by mmdebstrap (no registry but the host's own is asked) the Dockerfile is built with buildah, and the image
+tried with podman and without its seccomp profile; then with Docker, by the commands of docs/docker.md. playbooks/install.yml runs
+it under systemd, once pulled from a registry, once shipped as `docker save` wrote it, and hostile programs try its walls.
+Exit codes: 0 passed, 1 failed, 3 cannot run here (with the reason).
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import guides
+from tests.hostile.lab import address_of, attack
+
 ROOT = Path(__file__).resolve().parent.parent
 LAB = "m-container"
+REGISTRY = "127.0.0.1:5000"
+MOST_MIB = 60  # that the image adds to its base
+# Of the hostile cases those that show a wall, not a limit: for the limits see `not_enforced`.
+WALLS = "5 6 7 8 33 34 35 36 37 38 39 40 41 42 43 44 45".split()
 LOGIN = (sys.executable, "-m", "lab", "ssh", "--lab", LAB, "nox1")
 CONTEXT = ("Dockerfile", ".dockerignore", "container", "requirements", "app/nox_api", "app/nox_runner")
 TOKEN = "0123456789abcdef" * 2
@@ -27,16 +35,38 @@ ENGINE = """
 mkdir -p /etc/containers
 printf '[containers]\\nkeyring = false\\n[engine]\\ncgroup_manager = "cgroupfs"\\n' > /etc/containers/containers.conf
 printf '[storage]\\ndriver = "vfs"\\nrunroot = "/run/containers/storage"\\ngraphroot = "/var/lib/containers/storage"\\n' > /etc/containers/storage.conf
+printf '[[registry]]\\nlocation = "127.0.0.1:5000"\\ninsecure = true\\n' > /etc/containers/registries.conf
+mkdir -p /etc/docker/registry
+printf '{"storage-driver": "vfs", "runtimes": {"here": {"path": "/usr/local/bin/runc-here"}}, "default-runtime": "here"}' > /etc/docker/daemon.json
+cat > /usr/local/bin/runc-here <<'END'
+#!/bin/sh
+for word; do
+    shift
+    set -- "$@" "$word"
+    test "$word" != create || set -- "$@" --no-new-keyring
+done
+exec runc "$@"
+END
+chmod 0755 /usr/local/bin/runc-here
+cat > /etc/docker/registry/config.yml <<'END'
+version: 0.1
+storage: {filesystem: {rootdirectory: /var/lib/docker-registry}}
+http: {addr: "127.0.0.1:5000"}
+END
 """
 INSTALL = """
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq && apt-get install -qq -y --no-install-recommends podman crun buildah git curl > /dev/null
+apt-get update -qq && apt-get install -qq -y --no-install-recommends -o Dpkg::Options::=--force-confold \
+    podman crun buildah git curl openssl docker.io docker-registry iptables mmdebstrap gpg > /dev/null
 """
+# What debian:bookworm-slim is, and the machine's own way to its archives.
 BASE_IMAGE = """
-tar -C / --one-file-system --exclude=./proc/* --exclude=./sys/* --exclude=./dev/* --exclude=./run/* --exclude=./tmp/* --exclude=./var/tmp/* \
-    --exclude=./root/* --exclude=./var/lib/containers --exclude=./var/cache/apt/* --exclude=./usr/share/doc \
-    --exclude=./usr/share/locale --exclude=./etc/containers --exclude=./usr/bin/podman --exclude=./usr/bin/buildah -c . \
-  | podman import --quiet - localhost/base
+mmdebstrap --quiet --variant=minbase --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' $(. /etc/os-release; echo $VERSION_CODENAME) /root/base.tar /etc/apt/sources.list
+tar -C / --ignore-failed-read -rf /root/base.tar ./etc/apt/apt.conf.d/99lab ./etc/pip.conf ./etc/ssl/certs \
+    ./usr/share/ca-certificates ./usr/local/share/ca-certificates
+podman import --quiet /root/base.tar localhost/base
+docker import /root/base.tar debian:bookworm-slim
 """
 BUILD = "cd /root/nox && buildah bud --quiet --isolation chroot --network host --format docker --build-arg BASE=localhost/base --tag localhost/nox ."
 ONE = [
@@ -106,8 +136,15 @@ def stop() -> int:
     return status
 
 
+def mebibytes(name: str) -> int:
+    return int(on_host(f"podman image inspect --format '{{{{.Size}}}}' {name}")) >> 20
+
+
 def image() -> None:
-    """The image by itself, as `docker run` starts it."""
+    """The image by itself, in podman."""
+    whole, base = mebibytes("localhost/nox"), mebibytes("localhost/base")
+    print(f"the image has {whole} MiB, {whole - base} beyond its base", flush=True)
+    assert whole - base <= MOST_MIB
     on_host(
         f"mkdir -p /root/t && printf 'NOX_API_TOKEN={TOKEN}\\nNOX_PORT=18080\\nNOX_BACKEND=auto\\nNOX_HISTORY=on\\n' > /root/t/settings"
     )
@@ -120,8 +157,16 @@ def image() -> None:
     print(json.dumps(limits["not_enforced"], indent=2))
     assert "memory_per_run" in limits["not_enforced"] and limits["enforced"]["system_calls"] == "seccomp allow-list"
     assert on_host("podman exec t /opt/nox/bin/health").strip().startswith('{"status":"ok"')
+    on_host("podman healthcheck run t")
     assert on_host("podman exec t id -u").strip() == "64990"
-    assert "one user" in on_host("podman logs t")
+    # what a container can't have, said at its start
+    log = on_host("podman logs t")
+    assert "one user" in log and "no_control_groups" in log, log
+    # the checkout's own code, to the byte
+    hashes = "cd {} && find nox_api nox_runner -name '*.py' | sort | xargs sha256sum"
+    package = on_host("podman exec t sh -c 'echo /opt/nox/venv/lib/python*/site-packages'").strip()
+    inside = on_host(f"podman exec t sh -c {shlex.quote(hashes.format(package))}")
+    assert inside == on_host(hashes.format("/root/nox/app")) and inside.count("\n") > 40
     walls = "import os, socket\nfor path in ('/run/nox-api/settings', '/opt/nox', '/var/lib/nox-api', '/root'):\n    print(os.path.exists(path))\n"
     walls += "print([line.split(':')[0].strip() for line in open('/proc/net/dev').readlines()[2:]], len([n for n in os.listdir('/proc') if n.isdigit()]))"
     status, result = ask("/run_py", {"code": walls})
@@ -145,19 +190,39 @@ def image() -> None:
     stop()
 
 
+def docker() -> None:
+    """docs/docker.md, to the letter."""
+    say("Docker, by docs/docker.md")
+    on_host("systemctl reset-failed docker; systemctl restart docker")
+    blocks = list(guides.blocks("docker"))
+    script = "set -eo pipefail; cd /root/nox\n"
+    for block in blocks:
+        script += f"{{\n{block.text}\n}} < /dev/null\necho; echo {guides.END}\n"
+    shown = on_host(f"timeout 900 bash -c {shlex.quote(script)} 2>&1").split(f"{guides.END}\n")
+    for block, output in zip(blocks, shown, strict=False):
+        print(f"{block.text}{output[-800:]}", flush=True)
+        if block.shows and (wrong := guides.compare(block, output)):
+            raise AssertionError(f"docs/docker.md:{block.line}: {wrong}")
+    assert "no_control_groups" in shown[-2], "docker logs names what a container lacks"
+    on_host("docker tag nox localhost/nox:0.1.0 && docker save --output /root/nox.tar localhost/nox:0.1.0")
+    on_host("systemctl disable --quiet --now docker.socket docker.service")
+
+
+def install(inventory: Path, **variables: object) -> str:
+    given = {"nox_deployment": "container", "nox_history": True, **variables}
+    playbook = str(Path(sys.executable).parent / "ansible-playbook")
+    return control(playbook, "-i", str(inventory), "playbooks/install.yml", "-e", json.dumps(given))
+
+
 def deployment(inventory: Path) -> None:
     """The playbook with nox_deployment: container."""
-    playbook = (
-        "-i",
-        str(inventory),
-        "playbooks/install.yml",
-        "-e",
-        json.dumps({"nox_deployment": "container", "nox_history": True}),
-    )
-    say("playbooks/install.yml, nox_deployment: container")
-    control(str(Path(sys.executable).parent / "ansible-playbook"), *playbook)
+    pulled = f"{REGISTRY}/nox:0.1.0"
+    on_host(f"systemctl restart docker-registry && podman push --quiet localhost/nox {pulled}")
+    on_host("podman rmi --all --force > /dev/null")
+    say(f"playbooks/install.yml, nox_deployment: container, the image from the registry {REGISTRY}")
+    install(inventory, nox_container_image=pulled)
     say("the same again")
-    recap = control(str(Path(sys.executable).parent / "ansible-playbook"), *playbook)
+    recap = install(inventory, nox_container_image=pulled)
     assert " changed=0 " in recap, recap[-3000:]
     token = on_host("grep NOX_API_TOKEN /etc/default/nox-api | cut -d= -f2").strip()
     assert on_host("podman ps --format '{{.Names}}' | sort").split() == ["nox-api", "nox-runner"]
@@ -179,6 +244,21 @@ def deployment(inventory: Path) -> None:
     on_host("systemctl kill --signal=KILL nox-runner")
     wait_for("the runner after a kill", lambda: ask("/run_sh", {"cmd": "true"}, 8080, token)[0] == 200)
     on_host("nox-debug > /dev/null || test $? = 1")  # 1: warnings, such as the limits that don't hold
+    say("hostile programs")
+    secret = inventory / ".token"
+    secret.touch(mode=0o600)
+    secret.write_text(token)
+    verdicts = attack(LAB, f"https://{address_of(inventory)}", secret, inventory / ".ca/nox1.crt", WALLS)
+    for verdict in verdicts:
+        print(f"{verdict.number:2} {verdict.verdict:17} {verdict.case}: {verdict.got[:90]}", flush=True)
+    assert len(verdicts) == len(WALLS) and not [one for one in verdicts if one.verdict == "FAILED"]
+    say("the image as `docker save` wrote it, shipped")
+    archive = inventory / ".image.tar"
+    with archive.open("wb") as file:
+        subprocess.run([*LOGIN, "cat /root/nox.tar"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, check=True)
+    install(inventory, nox_container_image="localhost/nox:0.1.0", nox_container_archive=str(archive))
+    assert on_host("podman inspect --format '{{.ImageName}}' nox-api nox-runner").split() == ["localhost/nox:0.1.0"] * 2
+    assert ask("/run_sh", {"cmd": "true"}, 8080, token)[0] == 200
 
 
 def wait_for(what: str, condition: Callable[[], object]) -> None:
@@ -211,8 +291,8 @@ def run() -> None:
             ).stdout
             on_host("mkdir -p /root/nox && tar x -C /root/nox", archive)
             on_host(BUILD)
-            print(on_host("podman images --format '{{.Repository}} {{.Size}}'"), flush=True)
             image()
+            docker()
             deployment(Path(inventory))
         finally:
             subprocess.run([sys.executable, "-m", "lab", "down", f"--lab={LAB}"], cwd=ROOT, capture_output=True)

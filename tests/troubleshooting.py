@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.guides import matches
+from tests.guides import fits
 from tests.on_hosts import BIN, ROOT, lab
 
 LAB, HOST = "troubleshooting", "nox1"
