@@ -36,8 +36,6 @@ class Attempt:
         limits: Limits,
         client: socket.socket | None,
     ) -> None:
-        if hatchling.has_ended():
-            raise ConnectionResetError("the sandbox ended before its job")
         self._hatchling = hatchling
         self._limits = limits
         self._client = client

@@ -56,8 +56,9 @@ class Zygote:
             try:
                 attempt = Attempt(hatchling, program, limits, client)
             except (ConnectionError, ProcessLookupError):
-                # It died while it waited, with the zygote most likely.
+                # It died in this very moment.
                 self._pool.give_back(hatchling)
+                self._pool.refill()
                 if not left:
                     raise
                 continue

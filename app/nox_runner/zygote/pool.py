@@ -148,12 +148,18 @@ class Pool:
                 self._thread = threading.Thread(target=self._keep, name="zygote", daemon=True)
                 self._thread.start()
             failures = self._failures
-            while self._made_for != plan or not self._ready:
+            while True:
+                while self._made_for == plan and self._ready:
+                    hatchling = self._ready.popleft()
+                    if not hatchling.has_ended():
+                        return hatchling
+                    # It died while it waited, with the zygote most likely.
+                    self._spent.append(hatchling)
+                    self._changed.notify_all()
                 left = deadline - time.monotonic()
                 if left <= 0 or self._failures > failures + 1:
                     raise OSError(self._failure or "no sandbox was ready in time")
                 self._came.wait(left)
-            return self._ready.popleft()
 
     def give_back(self, hatchling: Hatchling) -> None:
         """What was taken has come to its end, or is to; `refill` closes it, and makes another."""
