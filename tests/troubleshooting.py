@@ -394,7 +394,7 @@ def differs(entry: Entry, text: str) -> str:
     shown = [line[4:] for line in itertools.takewhile(lambda line: line.startswith("    "), lines[start + 1 :])]
     size = len(entry.says)
     for first in range(len(shown) - size + 1):
-        if all(map(matches, entry.says, shown[first : first + size])):
+        if all(map(fits, entry.says, shown[first : first + size])):
             return ""
     return "the page quotes\n" + "\n".join(entry.says) + "\nnox-debug prints\n" + "\n".join(shown)
 
