@@ -166,7 +166,7 @@ def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
 
 
 def _notice(config: dict[str, Any]) -> list[int]:
-    listener = config["notice"]()
+    listener = config["notice"]() if "notice" in config else -1
     if listener < 0:
         return []
     files = [os.open(f"/proc/{name}", os.O_RDONLY) for name in NOTICE_FILES]

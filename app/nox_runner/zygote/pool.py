@@ -113,8 +113,12 @@ class Pool:
         self._filters = {
             "seal": seccomp.program(),
             "init_seal": seccomp.init_program(),
-            "notice": seccomp.notice_program(),
         }
+        try:
+            self._filters["notice"] = seccomp.notice_program()
+        except OSError as error:
+            # Then the init alone tells how a program ended, a bit later.
+            log("warning", "no_exit_notice", reason=str(error))
         self._groups = groups
         self._lock = threading.Lock()
         # Two, so that those who wait for a sandbox never wake each other.
