@@ -23,7 +23,8 @@ LABEL org.opencontainers.image.title="Nox" org.opencontainers.image.licenses="Ap
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3 bubblewrap libseccomp2 \
     && apt-get clean && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 64990 --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin nox \
+    && groupadd --system --gid 64990 nox \
+    && useradd --system --uid 64990 --gid nox --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin nox \
     && install -d -o nox -g nox -m 0755 /run/nox /var/lib/nox-api /var/lib/nox-api/history \
     && install -d -o nox -g nox -m 0755 /home/nox/nox/sandbox
 COPY --from=build /opt/nox /opt/nox
