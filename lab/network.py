@@ -6,6 +6,7 @@ import ipaddress
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 from lab.machine import default_mtu, run, say
@@ -90,7 +91,9 @@ def index_of(name: str) -> int:
 
 def _present(wanted: str | None = None) -> list[tuple[str, str, list[str]]]:
     """(table, mark, rule as `iptables -S` has it) of the rules with this mark, or with any."""
-    found = []
+    found: list[tuple[str, str, list[str]]] = []
+    if not shutil.which("iptables"):
+        return found  # no lab was ever up here: `lab up` installs it
     for table in ("nat", "filter"):
         for line in run("iptables", "-w", "-t", table, "-S").splitlines():
             words = shlex.split(line)

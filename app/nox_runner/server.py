@@ -85,15 +85,19 @@ class Server:
         Whoever accepts serves: a hand-over to another thread costs a hello world a tenth of its
         time. And threads stay, for the same reason.
         """
-        with select.epoll() as poll:
-            # Exclusive: one connection wakes one thread.
-            poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            poll.register(self._stop_read, select.EPOLLIN)
-            while all(descriptor != self._stop_read for descriptor, _ in poll.poll()):
-                self._accept()
-        with self._changed:
-            self._threads -= 1
-            self._changed.notify_all()
+        try:
+            with select.epoll() as poll:
+                # Exclusive: one connection wakes one thread.
+                poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+                poll.register(self._stop_read, select.EPOLLIN)
+                while all(descriptor != self._stop_read for descriptor, _ in poll.poll()):
+                    self._accept()
+        except OSError as error:  # out of descriptors: the others go on
+            log("error", "thread_failed", reason=str(error))
+        finally:
+            with self._changed:
+                self._threads -= 1
+                self._changed.notify_all()
 
     def _accept(self) -> None:
         try:
