@@ -56,6 +56,17 @@ CADDYFILE = "/etc/caddy/Caddyfile"
 NOX_UNITS = ("nox-runner.socket", "nox-runner.service", "nox-api.service")
 ACCOUNTS = ("nox-api", "nox")
 
+# This file and what it imports, as role nox_tools installs them for nox-debug.
+PACKAGE = (
+    "__init__",
+    "brought",
+    "host_files",
+    "host_state",
+    "kernel_settings",
+    "release_files",
+    "settings_file",
+)
+
 # Path → the role that makes it, and whether its content is the role's alone.
 PATHS: dict[str, tuple[str, bool]] = {
     "/home/nox": ("nox_account", False),
@@ -83,6 +94,8 @@ PATHS: dict[str, tuple[str, bool]] = {
     "/usr/local/bin/nox-monitor": ("nox_tools", True),
     "/usr/local/share/nox": ("nox_tools", False),
     "/usr/local/share/nox/nox-debug.fr": ("nox_tools", True),
+    "/usr/local/share/nox/host_state": ("nox_tools", False),
+    **{f"/usr/local/share/nox/host_state/{name}.py": ("nox_tools", True) for name in PACKAGE},
     "/usr/local/share/nox/tests": ("nox_tools", False),
     **{
         f"/usr/local/share/nox/tests/{name}": ("nox_tools", True)
@@ -163,6 +176,13 @@ class Finding:
     since: str = ""
 
 
+# Whoever starts nox-debug as root may have another PATH.
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+}
+
 Findings = Iterator[Finding]
 Record = dict[str, Any]
 
@@ -170,7 +190,7 @@ Record = dict[str, Any]
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     """One command; a program that isn't there is status 127, as in a shell."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=30)
+        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=30, env=ENVIRONMENT)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(words, 127, "", str(error))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,8 @@ from ansible_collections.nox.platform.plugins.modules import nox_release, nox_se
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playbooks"))
 import drift
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RULES = """\
 -P INPUT DROP
@@ -279,6 +283,26 @@ def test_lost_settings_come_back_where_they_are_usable(tmp_path: Path) -> None:
     # the front's copy is the front's to write: nothing but the token is believed
     assert nox_settings.recovered(lost, patterns) == {"NOX_PORT": "9000", "NOX_API_TOKEN": "b2" * 32}
     assert nox_settings.recovered({"state": "/nowhere", "token": "/nowhere"}, patterns) == {}
+
+
+def test_the_package_on_the_host_is_all_that_the_check_imports() -> None:
+    """Role nox_tools installs it, the check itself compares it; the standard library has the rest."""
+    utils, found, waiting = ROOT / "plugins/module_utils", {"__init__"}, ["host_state"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        for node in ast.walk(ast.parse((utils / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                waiting += {node.module} if node.module else {one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert str(node.module).partition(".")[0] in sys.stdlib_module_names, name
+            elif isinstance(node, ast.Import):
+                assert {one.name.partition(".")[0] for one in node.names} <= sys.stdlib_module_names, name
+        waiting = [one for one in waiting if one not in found]
+    assert found == set(host_state.PACKAGE)
+    tasks = (ROOT / "roles/nox_tools/tasks/main.yml").read_text()
+    assert set(re.findall(r"share/nox/host_state/(\w+)\.py", tasks)) == found
+    assert {f"/usr/local/share/nox/host_state/{name}.py" for name in found} <= set(host_state.PATHS)
 
 
 def test_a_release_that_others_may_change(tmp_path: Path) -> None:
