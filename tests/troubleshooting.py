@@ -35,6 +35,8 @@ CONFIG = "/etc/default/nox-api"
 CADDY = "/etc/caddy/sites-enabled/nox-api.caddy"
 SANDBOX = "/home/nox/nox/sandbox"
 UNIT = "/etc/systemd/system/nox-api.service"
+RECORD = "/var/lib/nox/state.json"
+STATE_CHECK = "/usr/local/share/nox/host_state"
 SETTINGS = "/root/settings"  # a copy of the good ones: what an operator's editor leaves
 OVERRIDE = f"{UNIT}.d/override.conf"
 CURL = "curl --silent --output /dev/null --header 'Content-Type: application/json'"
@@ -248,6 +250,13 @@ SYMPTOMS = {
     "logs.errors/some": Symptom(
         f"sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=0/' {CONFIG}; systemctl restart nox-api; cp -p {SETTINGS} {CONFIG}; systemctl restart nox-api"
     ),
+    "record.drift/drifted": Symptom("rm /usr/local/bin/nox-monitor"),
+    "record.drift/differs": Symptom("mkdir -p /opt/nox/releases/.9.9.9-0123456789ab.partial-x/venv"),
+    "record.drift/norecord": Symptom(f"rm {RECORD}"),
+    "record.drift/failed": Symptom(f"echo '{{\"version\": 1}}' > {RECORD}"),
+    "record.drift/missing": Symptom(f"rm -r {STATE_CHECK}"),
+    "record.drift/untrusted": Symptom(f"chmod 0777 {STATE_CHECK}"),
+    "record.drift/broken": Symptom(f"echo '(' >> {STATE_CHECK}/host_state.py"),
 }
 # Findings that stand on no page, and why: none of them can be brought about on a lab host without harm to what else it stands on.
 NOT_SHOWN = {
