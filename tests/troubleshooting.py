@@ -136,8 +136,10 @@ SYMPTOMS = {
     "config.file/missing": Symptom(f"rm {CONFIG}"),
     "config.file/broken": Symptom(f"rm {CONFIG}; mkdir {CONFIG}"),
     "config.token/missing": Symptom(f"sed -i '/^NOX_API_TOKEN=/d' {CONFIG}; systemctl restart nox-api || true"),
-    "config.token/placeholder": setting("NOX_API_TOKEN", "replace_with_secure_token"),
-    "config.token/short": setting("NOX_API_TOKEN", "s3cret"),
+    "config.token/placeholder": setting("NOX_API_TOKEN", "replace_with_secure_token")._replace(
+        undo=""
+    ),  # repair has made another token, which stays
+    "config.token/short": setting("NOX_API_TOKEN", "s3cret")._replace(undo=""),
     "config.values/bad": setting("NOX_MEMORY", "lots"),
     "config.values/unknown": Symptom(f"echo NOX_SLOT=4 >> {CONFIG}"),
     "users.front/missing": without_account("nox-api"),
