@@ -35,6 +35,8 @@ CONFIG = "/etc/default/nox-api"
 CADDY = "/etc/caddy/sites-enabled/nox-api.caddy"
 SANDBOX = "/home/nox/nox/sandbox"
 UNIT = "/etc/systemd/system/nox-api.service"
+RECORD = "/var/lib/nox/state.json"
+STATE_CHECK = "/usr/local/share/nox/host_state"
 SETTINGS = "/root/settings"  # a copy of the good ones: what an operator's editor leaves
 OVERRIDE = f"{UNIT}.d/override.conf"
 CURL = "curl --silent --output /dev/null --header 'Content-Type: application/json'"
@@ -134,8 +136,10 @@ SYMPTOMS = {
     "config.file/missing": Symptom(f"rm {CONFIG}"),
     "config.file/broken": Symptom(f"rm {CONFIG}; mkdir {CONFIG}"),
     "config.token/missing": Symptom(f"sed -i '/^NOX_API_TOKEN=/d' {CONFIG}; systemctl restart nox-api || true"),
-    "config.token/placeholder": setting("NOX_API_TOKEN", "replace_with_secure_token"),
-    "config.token/short": setting("NOX_API_TOKEN", "s3cret"),
+    "config.token/placeholder": setting("NOX_API_TOKEN", "replace_with_secure_token")._replace(
+        undo=""
+    ),  # repair has made another token, which stays
+    "config.token/short": setting("NOX_API_TOKEN", "s3cret")._replace(undo=""),
     "config.values/bad": setting("NOX_MEMORY", "lots"),
     "config.values/unknown": Symptom(f"echo NOX_SLOT=4 >> {CONFIG}"),
     "users.front/missing": without_account("nox-api"),
@@ -248,6 +252,13 @@ SYMPTOMS = {
     "logs.errors/some": Symptom(
         f"sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=0/' {CONFIG}; systemctl restart nox-api; cp -p {SETTINGS} {CONFIG}; systemctl restart nox-api"
     ),
+    "record.drift/drifted": Symptom("rm /usr/local/bin/nox-monitor"),
+    "record.drift/differs": Symptom("mkdir -p /opt/nox/releases/.9.9.9-0123456789ab.partial-x/venv"),
+    "record.drift/norecord": Symptom(f"rm {RECORD}"),
+    "record.drift/failed": Symptom(f"echo '{{\"version\": 1}}' > {RECORD}"),
+    "record.drift/missing": Symptom(f"rm -r {STATE_CHECK}"),
+    "record.drift/untrusted": Symptom(f"chmod 0777 {STATE_CHECK}"),
+    "record.drift/broken": Symptom(f"echo '(' >> {STATE_CHECK}/host_state.py"),
 }
 # Findings that stand on no page, and why: none of them can be brought about on a lab host without harm to what else it stands on.
 NOT_SHOWN = {

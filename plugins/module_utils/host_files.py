@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.nox.platform.plugins.module_utils import brought
+from . import brought
 
 RECORD = "host_files"
 OURS = "managed by Ansible, role nox_harden"

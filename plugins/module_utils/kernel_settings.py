@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.nox.platform.plugins.module_utils import brought, host_files
+from . import brought, host_files
 
 FILE = "/etc/sysctl.d/60-nox.conf"
 RECORD = "kernel"

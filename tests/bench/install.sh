@@ -54,7 +54,8 @@ systemctl enable caddy
 systemctl restart caddy
 
 install -m 0755 -t /usr/local/bin usr/local/bin/nox-*
-install -d /usr/local/share/nox/tests
+install -d /usr/local/share/nox/host_state /usr/local/share/nox/tests
+install -m 0644 -t /usr/local/share/nox/host_state usr/local/share/nox/host_state/*.py
 install -m 0755 -t /usr/local/share/nox/tests usr/local/share/nox/tests/*
 
 root=/var/lib/caddy/.local/share/caddy/pki/authorities/local/root.crt

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.nox.platform.plugins.module_utils import brought, host_files
-from ansible_collections.nox.platform.plugins.modules import nox_sshd, nox_state
+from ansible_collections.nox.platform.plugins.module_utils import brought, host_files, host_state
+from ansible_collections.nox.platform.plugins.modules import nox_sshd
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,7 +124,7 @@ def test_only_one_roles_part_of_a_record_is_renewed() -> None:
         "release": "two",
         "hardening": {"kernel": {}},
     }
-    merged = nox_state.renewed(old, new, "nox_harden")
+    merged = host_state.renewed(old, new, "nox_harden")
     assert merged["paths"] == {"/a": {"role": "nox_tools", "mode": "0755"}, "/b": {"role": "nox_harden"}}
     assert merged["packages"] == new["packages"] and merged["units"] == new["units"]
     assert (merged["release"], merged["hardening"]) == ("one", {"kernel": {}})

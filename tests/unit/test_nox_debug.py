@@ -63,6 +63,9 @@ class FakeHost:
         path.chmod(mode)
         return path
 
+    def path_of_package(self) -> Path:
+        return self.root / debug.STATE_CHECK.lstrip("/")
+
     def config(self, *, mode: int = 0o600, **settings: Any) -> None:
         values = {"NOX_API_TOKEN": TOKEN, **settings}
         text = "".join(f"{key}={value}\n" for key, value in values.items())
@@ -1287,6 +1290,201 @@ def test_logs_shows_the_last_lines_of_each_log(host: FakeHost, capsys: pytest.Ca
 def test_the_tail_of_a_large_file_starts_at_a_whole_line(host: FakeHost) -> None:
     host.write("/big", "".join(f"line {number}\n" for number in range(1000)))
     assert host.facts().host.tail("/big", 25) == ["line 998", "line 999"]
+
+
+# --- the record ---
+
+UTILS = SCRIPT.parents[3] / "plugins/module_utils"
+PACKAGE = ("brought", "host_files", "host_state", "kernel_settings", "release_files", "settings_file")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root alone may change belongs to root")
+
+
+@pytest.fixture
+def installed(host: FakeHost) -> Iterator[FakeHost]:
+    """A host with the state check's own files, as role nox_tools installs them."""
+    bytecode = sys.dont_write_bytecode, sys.pycache_prefix
+    for name in ("__init__", *PACKAGE):
+        text = "" if name == "__init__" else (UTILS / f"{name}.py").read_text()
+        host.write(f"{debug.STATE_CHECK}/{name}.py", text)
+    yield host
+    sys.dont_write_bytecode, sys.pycache_prefix = bytecode
+    for name in [name for name in sys.modules if name.startswith("nox_host_state")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def tool(installed: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tool in a record, on a host that has nothing else which could differ."""
+    state = debug.load_state_check(installed.facts().host)
+    for name in ("compare_release", "compare_disk", "compare_settings", "compare_sockets"):
+        monkeypatch.setattr(state, name, lambda *_: [])
+    path = installed.write("/tool", "as installed", 0o755)
+    entry = {"role": "nox_tools", **state.describe(str(path), True)}
+    record: dict[str, Any] = {"version": 1, "about": {}, "sandbox": "/s", "release": "x", "paths": {str(path): entry}}
+    record |= {"accounts": {}, "packages": {}, "units": {}}
+    installed.write(debug.STATE_RECORD, json.dumps(record), 0o600)
+    return path
+
+
+def compared(host: FakeHost, *before: Any, euid: int = 0) -> Any:
+    facts = host.facts(euid)
+    facts.checks += before
+    (check,) = debug.check_record(facts)
+    return check
+
+
+@as_root
+def test_a_host_as_the_roles_left_it(installed: FakeHost, tool: Path) -> None:
+    check = compared(installed)
+    assert check.state == "ok"
+    assert "1 paths, 0 units" in check.detail
+    assert "findings" not in check.as_json()
+    assert not list(installed.path_of_package().rglob("__pycache__"))
+
+
+@as_root
+def test_what_differs_is_named_with_what_mends_it(installed: FakeHost, tool: Path) -> None:
+    tool.unlink()
+    check = compared(installed)
+    assert (check.state, check.outcome, check.help) == ("fail", "drifted", "make repair")
+    assert check.detail.endswith(f"path.missing {tool}")
+    (finding,) = check.as_json()["findings"]
+    assert (finding["id"], finding["owner"], finding["expected"]) == ("path.missing", "nox_tools", "file")
+
+
+@as_root
+def test_what_another_finding_names_is_not_a_second_problem(installed: FakeHost, tool: Path) -> None:
+    tool.chmod(0o777)
+    warned = debug.say("logs.rotate", "ignored", path=tool, mode="0777", owner="root:root")
+    check = compared(installed, warned)
+    assert (check.state, check.outcome) == ("skip", "named")
+    assert debug.exit_code([warned, check]) == 1, "as grave as the other finds it"
+    assert [finding["id"] for finding in check.findings] == ["path.mode"]
+    assert compared(installed, debug.say("logs.rotate", "ok", path=tool)).outcome == "drifted"
+
+
+@as_root
+def test_an_edit_is_said_although_its_effect_is(installed: FakeHost, tool: Path) -> None:
+    tool.write_text("edited")
+    warned = debug.say("logs.rotate", "ignored", path=tool, mode="0777", owner="root:root")
+    assert "path.changed" in compared(installed, warned).detail
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("owner", "severity", "count", "outcome", "command"),
+    [
+        ("nox_release", "warn", 1, "differs", "make repair"),
+        ("nox_release", "fail", 5, "drifted", "make repair"),
+        ("operator", "warn", 1, "differs", "make drift"),
+        ("operator", "fail", 1, "drifted", "make drift"),
+    ],
+)
+def test_as_grave_as_the_state_check_finds_it(
+    installed: FakeHost,
+    tool: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: str,
+    severity: str,
+    count: int,
+    outcome: str,
+    command: str,
+) -> None:
+    state = debug.load_state_check(installed.facts().host)
+    one = state.Finding("clock.behind", owner, "clock", "a", "b", severity)
+    record = dict.fromkeys(("paths", "units", "packages", "accounts"), ())
+    monkeypatch.setattr(state, "look", lambda path: ("drifted", [one] * count, record))
+    check = compared(installed)
+    assert (check.state, check.outcome, check.help) == (severity, outcome, command)
+    assert check.detail.count("clock.behind") == min(count, 3)
+    assert ("and 2 more" in check.detail) == (count == 5)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("record", "outcome"),
+    [(None, "norecord"), ("{", "norecord"), ('{"version": 0}', "norecord"), ('{"version": 1}', "failed")],
+)
+def test_no_record_or_a_damaged_one(installed: FakeHost, record: str | None, outcome: str) -> None:
+    if record is not None:
+        installed.write(debug.STATE_RECORD, record, 0o600)
+    check = compared(installed)
+    assert (check.state, check.outcome) == ("warn", outcome)
+    assert debug.STATE_RECORD in check.detail
+
+
+@as_root
+def test_no_state_check_or_a_broken_one(host: FakeHost, installed: FakeHost) -> None:
+    installed.write(f"{debug.STATE_CHECK}/brought.py", "(")
+    check = compared(installed)
+    assert (check.outcome, check.help) == ("broken", "make repair")
+    assert "SyntaxError" in check.detail
+    shutil.rmtree(installed.path_of_package())
+    assert (compared(installed).state, compared(installed).outcome) == ("warn", "missing")
+
+
+@as_root
+@pytest.mark.parametrize("damage", ["mode", "owner", "link", "directory", "parent", "beside"])
+def test_nothing_is_run_that_others_may_change(installed: FakeHost, damage: str) -> None:
+    directory = installed.path_of_package()
+    file = directory / "brought.py"
+    file.write_text("raise SystemExit('was run')")
+    if damage == "mode":
+        file.chmod(0o666)
+    elif damage == "owner":
+        os.chown(file, 990, 990)
+    elif damage == "link":
+        file.rename(installed.root / "elsewhere.py")
+        file.symlink_to(installed.root / "elsewhere.py")
+    elif damage == "beside":
+        (directory / "brought").mkdir()
+        os.chown(directory / "brought", 990, 990)
+    else:
+        (directory if damage == "directory" else directory.parent).chmod(0o777)
+    check = compared(installed)
+    assert (check.state, check.outcome) == ("warn", "untrusted")
+
+
+def test_without_root_the_record_is_unseen(installed: FakeHost) -> None:
+    check = compared(installed, euid=1000)
+    assert (check.state, check.help) == ("skip", "sudo nox-debug")
+
+
+def test_only_the_full_report_has_it() -> None:
+    assert [mode for mode, checks in debug.MODES.items() if debug.check_record in checks] == ["full"]
+    assert debug.FULL_CHECKS[-1] is debug.check_record, "it leaves out what the others have named"
+
+
+@pytest.mark.parametrize(
+    ("finding", "what", "check", "named"),
+    [
+        ("unit.inactive", "nox-api.service", ("units.front", "inactive", {"state": "inactive", "unit": "x"}), True),
+        ("unit.inactive", "caddy.service", ("proxy.service", "down", {"name": "caddy", "state": "x"}), True),
+        ("unit.stale", "nox-runner.service", ("runner.socket", "missing", {"path": "/run/nox-runner.sock"}), False),
+        ("socket.closed", "nox-runner.socket", ("runner.socket", "missing", {"path": "/run/nox-runner.sock"}), True),
+        ("unit.stale", "nox-api.service", ("config.file", "missing", {"path": "/etc/default/nox-api"}), False),
+        ("settings.line", "/etc/default/nox-api:7", ("config.file", "missing", {"path": "/etc/default/nox-api"}), True),
+        (
+            "path.mode",
+            "/etc/default/nox-api",
+            ("config.mode", "wide", {"path": "/etc/default/nox-api", "mode": "", "owner": ""}),
+            True,
+        ),
+        ("path.mode", "/opt/nox", ("release.current", "missing", {"path": "/opt/nox/current"}), False),
+        ("path.owner", "/var/log/nox-api", ("logs.size", "large", {"path": "/var/log/nox-api", "size": "1"}), True),
+        ("path.changed", "/var/log/nox-api", ("logs.size", "large", {"path": "/var/log/nox-api", "size": "1"}), False),
+        (
+            "certificate.bad",
+            "10.0.0.1",
+            ("proxy.https", "timeout", {"url": "https://10.0.0.1/health", "seconds": 3}),
+            True,
+        ),
+        ("package.missing", "caddy", ("proxy.service", "down", {"name": "caddy", "state": "x"}), False),
+    ],
+)
+def test_what_counts_as_named(finding: str, what: str, check: tuple[str, str, dict[str, Any]], named: bool) -> None:
+    name, outcome, values = check
+    assert debug.is_named(finding, what, [debug.say(name, outcome, **values)]) == named
 
 
 # --- the program itself ---

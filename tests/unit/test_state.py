@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any, ClassVar
 
 import pytest
 from ansible_collections.nox.platform.plugins.callback import nox_report
-from ansible_collections.nox.platform.plugins.module_utils import release_files
-from ansible_collections.nox.platform.plugins.modules import nox_release, nox_settings, nox_state
+from ansible_collections.nox.platform.plugins.module_utils import host_state, release_files
+from ansible_collections.nox.platform.plugins.modules import nox_release, nox_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playbooks"))
 import drift
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RULES = """\
 -P INPUT DROP
@@ -43,12 +47,12 @@ def unit(**changed: str) -> dict[str, str]:
 
 class TestPaths:
     def recorded(self, path: Path) -> dict[str, str]:
-        return {"role": "nox_tools", **nox_state.describe(str(path), True)}
+        return {"role": "nox_tools", **host_state.describe(str(path), True)}
 
     def test_as_recorded(self, tmp_path: Path) -> None:
         path = tmp_path / "tool"
         path.write_text("as installed")
-        assert list(nox_state.compare_path(str(path), self.recorded(path))) == []
+        assert list(host_state.compare_path(str(path), self.recorded(path))) == []
 
     def test_content_and_mode_are_told_apart(self, tmp_path: Path) -> None:
         path = tmp_path / "tool"
@@ -56,16 +60,16 @@ class TestPaths:
         wanted = self.recorded(path)
         path.write_text("changed")
         path.chmod(0o666)
-        assert ids(nox_state.compare_path(str(path), wanted)) == [f"path.changed {path}", f"path.mode {path}"]
+        assert ids(host_state.compare_path(str(path), wanted)) == [f"path.changed {path}", f"path.mode {path}"]
 
     def test_another_kind_says_nothing_more(self, tmp_path: Path) -> None:
         path = tmp_path / "tool"
         path.write_text("as installed")
         wanted = self.recorded(path)
         path.unlink()
-        assert ids(nox_state.compare_path(str(path), wanted)) == [f"path.missing {path}"]
+        assert ids(host_state.compare_path(str(path), wanted)) == [f"path.missing {path}"]
         path.mkdir()
-        assert ids(nox_state.compare_path(str(path), wanted)) == [f"path.kind {path}"]
+        assert ids(host_state.compare_path(str(path), wanted)) == [f"path.kind {path}"]
 
     def test_links_by_their_target(self, tmp_path: Path) -> None:
         path = tmp_path / "current"
@@ -73,7 +77,7 @@ class TestPaths:
         wanted = self.recorded(path)
         path.unlink()
         path.symlink_to("releases/b")
-        finding = next(nox_state.compare_path(str(path), wanted))
+        finding = next(host_state.compare_path(str(path), wanted))
         assert (finding.id, finding.expected, finding.found) == ("path.changed", "releases/a", "releases/b")
 
 
@@ -91,50 +95,50 @@ class TestUnits:
         ],
     )
     def test_one_word_for_each_state(self, changed: dict[str, str], expected: list[str]) -> None:
-        found = nox_state.compare_unit("a.service", "nox_service", unit(**changed))
+        found = host_state.compare_unit("a.service", "nox_service", unit(**changed))
         assert [finding.id for finding in found] == expected
 
     def test_no_answer_is_a_finding(self) -> None:
-        assert ids(nox_state.compare_units({"a.service": "nox_service"}, {}, set())) == ["unit.unknown a.service"]
+        assert ids(host_state.compare_units({"a.service": "nox_service"}, {}, set())) == ["unit.unknown a.service"]
 
 
 class TestFirewall:
     def test_as_recorded(self) -> None:
-        assert list(nox_state.compare_firewall([22, 80, 443], RULES, "ENABLED=yes\n")) == []
+        assert list(host_state.compare_firewall([22, 80, 443], RULES, "ENABLED=yes\n")) == []
 
     def test_a_lost_rule(self) -> None:
-        assert ids(nox_state.compare_firewall([22, 8443], RULES, "ENABLED=yes\n")) == ["firewall.rule 8443/tcp"]
+        assert ids(host_state.compare_firewall([22, 8443], RULES, "ENABLED=yes\n")) == ["firewall.rule 8443/tcp"]
 
     def test_a_port_is_not_its_prefix(self) -> None:
-        assert ids(nox_state.compare_firewall([44], RULES, "ENABLED=yes\n")) == ["firewall.rule 44/tcp"]
+        assert ids(host_state.compare_firewall([44], RULES, "ENABLED=yes\n")) == ["firewall.rule 44/tcp"]
 
     def test_open_says_nothing_about_single_rules(self) -> None:
         opened = RULES.replace("-P INPUT DROP", "-P INPUT ACCEPT")
-        assert ids(nox_state.compare_firewall([22], opened, "ENABLED=no\n")) == [
+        assert ids(host_state.compare_firewall([22], opened, "ENABLED=no\n")) == [
             "firewall.boot /etc/ufw/ufw.conf",
             "firewall.open INPUT",
         ]
 
     def test_a_chain_nobody_jumps_to_opens_nothing(self) -> None:
         cut = RULES.replace("-A ufw-before-input -j ufw-user-input\n", "")
-        assert ids(nox_state.compare_firewall([22], cut, "ENABLED=yes\n")) == ["firewall.rule 22/tcp"]
+        assert ids(host_state.compare_firewall([22], cut, "ENABLED=yes\n")) == ["firewall.rule 22/tcp"]
 
 
 class TestSettings:
     @pytest.fixture
     def config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / "nox-api"
-        monkeypatch.setattr(nox_state, "CONFIG", path)
+        monkeypatch.setattr(host_state, "CONFIG", path)
         return path
 
     def test_a_hand_edit_is_no_drift(self, config: Path) -> None:
         config.write_text(f"NOX_API_TOKEN={'a1' * 32}\nNOX_PORT=9000\n")
-        assert list(nox_state.compare_settings({"NOX_PORT": "[0-9]+"})) == []
+        assert list(host_state.compare_settings({"NOX_PORT": "[0-9]+"})) == []
 
     def test_what_nobody_can_read_is(self, config: Path) -> None:
         secret = "s3cret" * 8
         config.write_text(f"NOX_API_TOKEN {secret}\nNOX_PORT=many\n")
-        found = list(nox_state.compare_settings({"NOX_PORT": "[0-9]+"}))
+        found = list(host_state.compare_settings({"NOX_PORT": "[0-9]+"}))
         assert ids(found) == [
             f"settings.line {config}:1",
             f"settings.value {config}:NOX_PORT",
@@ -144,48 +148,48 @@ class TestSettings:
 
     def test_only_the_operator_can_say_what_a_bad_token_was(self, config: Path) -> None:
         config.write_text("NOX_API_TOKEN=changeme\n")
-        assert [one.owner for one in nox_state.compare_settings({})] == ["operator"]
+        assert [one.owner for one in host_state.compare_settings({})] == ["operator"]
 
 
-def finding(owner: str, name: str = "path.missing") -> nox_state.Finding:
-    return nox_state.Finding(name, owner, "x", "a", "b")
+def finding(owner: str, name: str = "path.missing") -> host_state.Finding:
+    return host_state.Finding(name, owner, "x", "a", "b")
 
 
 def test_only_the_owners_run_in_the_order_of_an_install() -> None:
-    assert nox_state.owners_of([finding("nox_tools"), finding("nox_account"), finding("operator")]) == [
+    assert host_state.owners_of([finding("nox_tools"), finding("nox_account"), finding("operator")]) == [
         "nox_account",
         "nox_tools",
     ]
-    never_hardened = [role for role in nox_state.ROLES if role != "nox_harden"]
-    assert nox_state.owners_of([finding("all")]) == never_hardened
+    never_hardened = [role for role in host_state.ROLES if role != "nox_harden"]
+    assert host_state.owners_of([finding("all")]) == never_hardened
 
 
 def test_what_is_only_down_is_started_without_its_role() -> None:
     found = [
-        nox_state.Finding("unit.failed", "nox_service", "nox-api.service", "active", "failed"),
-        nox_state.Finding("unit.inactive", "nox_service", "nox-runner.socket", "active", "inactive"),
-        nox_state.Finding("unit.inactive", "nox_proxy", "caddy.service", "active", "inactive"),
-        nox_state.Finding("path.missing", "nox_proxy", "/etc/caddy/Caddyfile", "file", "nothing"),
+        host_state.Finding("unit.failed", "nox_service", "nox-api.service", "active", "failed"),
+        host_state.Finding("unit.inactive", "nox_service", "nox-runner.socket", "active", "inactive"),
+        host_state.Finding("unit.inactive", "nox_proxy", "caddy.service", "active", "inactive"),
+        host_state.Finding("path.missing", "nox_proxy", "/etc/caddy/Caddyfile", "file", "nothing"),
     ]
-    assert nox_state.owners_of(found) == ["nox_proxy"]
-    assert nox_state.down_units(found) == ["nox-runner.socket", "nox-api.service"]
-    stale = nox_state.Finding("proxy.stale", "nox_proxy", "caddy.service", "a", "b")
-    assert (nox_state.owners_of([stale]), nox_state.down_units([stale])) == ([], [])
-    missing = nox_state.Finding("record.missing", "all", "/x", "a record", "nothing")
-    assert nox_state.down_units([*found, missing]) == []
+    assert host_state.owners_of(found) == ["nox_proxy"]
+    assert host_state.down_units(found) == ["nox-runner.socket", "nox-api.service"]
+    stale = host_state.Finding("proxy.stale", "nox_proxy", "caddy.service", "a", "b")
+    assert (host_state.owners_of([stale]), host_state.down_units([stale])) == ([], [])
+    missing = host_state.Finding("record.missing", "all", "/x", "a record", "nothing")
+    assert host_state.down_units([*found, missing]) == []
 
 
 def test_what_is_up_and_old_is_restarted() -> None:
     found = [finding("nox_service", "unit.stale"), finding("nox_proxy", "proxy.stale"), finding("nox_service")]
-    assert nox_state.stale_units(found, "nox_service") == ["x"]
-    assert nox_state.stale_units(found, "nox_proxy") == ["x"]
+    assert host_state.stale_units(found, "nox_service") == ["x"]
+    assert host_state.stale_units(found, "nox_proxy") == ["x"]
 
 
 def test_another_sites_fault_is_told_from_ours() -> None:
     ours = ["/etc/caddy/sites-enabled/nox-api.caddy"]
     message = "Error: adapting config: /etc/caddy/sites-enabled/blog.caddy:2: unrecognized directive: nonsense"
-    assert nox_state.blamed(message, ours) == "/etc/caddy/sites-enabled/blog.caddy"
-    assert nox_state.blamed(message.replace("blog", "nox-api"), ours) == ""
+    assert host_state.blamed(message, ours) == "/etc/caddy/sites-enabled/blog.caddy"
+    assert host_state.blamed(message.replace("blog", "nox-api"), ours) == ""
 
 
 class TestSince:
@@ -193,64 +197,64 @@ class TestSince:
         path = tmp_path / "tool"
         path.write_text("changed")
         os.utime(path, (0, 0))  # which anybody can set
-        one = nox_state.Finding("path.changed", "nox_tools", str(path), "a", "b")
-        assert nox_state.since(one, {}) == nox_state.text_of(path.stat().st_ctime)
+        one = host_state.Finding("path.changed", "nox_tools", str(path), "a", "b")
+        assert host_state.since(one, {}) == host_state.text_of(path.stat().st_ctime)
 
     def test_what_is_gone_went_at_its_directorys_last_change_or_before(self, tmp_path: Path) -> None:
-        one = nox_state.Finding("path.missing", "nox_tools", str(tmp_path / "gone/deeper/tool"), "a", "b")
-        assert nox_state.since(one, {}) == nox_state.text_of(tmp_path.stat().st_mtime)
+        one = host_state.Finding("path.missing", "nox_tools", str(tmp_path / "gone/deeper/tool"), "a", "b")
+        assert host_state.since(one, {}) == host_state.text_of(tmp_path.stat().st_mtime)
 
     def test_a_unit_since_it_went_down(self) -> None:
         down = unit(ActiveState="failed", InactiveEnterTimestampMonotonic=str(int(time.monotonic() * 1e6)))
-        one = nox_state.Finding("unit.failed", "nox_service", "a.service", "a", "b")
-        assert nox_state.since(one, {"a.service": down}) in (nox_state.text_of(time.time() - n) for n in (0, 1))
-        assert nox_state.since(one, {"a.service": unit()}) == ""
+        one = host_state.Finding("unit.failed", "nox_service", "a.service", "a", "b")
+        assert host_state.since(one, {"a.service": down}) in (host_state.text_of(time.time() - n) for n in (0, 1))
+        assert host_state.since(one, {"a.service": unit()}) == ""
 
     def test_an_owner_without_a_name_says_nothing_about_the_file(self, tmp_path: Path) -> None:
         for found in ("999:999", "root:999"):
-            one = nox_state.Finding("path.owner", "nox_account", str(tmp_path), "root:nox", found)
-            assert nox_state.since(one, {}) == ""
+            one = host_state.Finding("path.owner", "nox_account", str(tmp_path), "root:nox", found)
+            assert host_state.since(one, {}) == ""
 
 
 def test_a_time_still_to_come_is_no_sign_of_an_old_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nox_state, "UNIT_DIR", str(tmp_path))
-    monkeypatch.setattr(nox_state, "ROOT", tmp_path)
+    monkeypatch.setattr(host_state, "UNIT_DIR", str(tmp_path))
+    monkeypatch.setattr(host_state, "ROOT", tmp_path)
     path = tmp_path / "nox-api.service"
     path.write_text("")
     units = {"nox-api.service": unit(MainPID=str(os.getpid()))}
     wanted = {"nox-api.service": "nox_service"}
-    monkeypatch.setattr(nox_state, "started", lambda pid: time.time() - 100)
-    assert ids(nox_state.compare_units(wanted, units, set())) == ["unit.stale nox-api.service"]
+    monkeypatch.setattr(host_state, "started", lambda pid: time.time() - 100)
+    assert ids(host_state.compare_units(wanted, units, set())) == ["unit.stale nox-api.service"]
     os.utime(path, (time.time() + 3600,) * 2)
-    assert ids(nox_state.compare_units(wanted, units, set())) == []
+    assert ids(host_state.compare_units(wanted, units, set())) == []
 
 
 def test_the_clock_behind_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.json"
-    nox_state.write_record(path, {"version": nox_state.VERSION})
-    monkeypatch.setattr(nox_state, "examine", lambda record: [])
+    host_state.write_record(path, {"version": host_state.VERSION})
+    monkeypatch.setattr(host_state, "examine", lambda record: [])
     if os.geteuid() == 0:
-        assert nox_state.look(path)[0] == "clean"
+        assert host_state.look(path)[0] == "clean"
     os.utime(path, (time.time() + 3600,) * 2)
-    assert "clock.behind clock" in ids(nox_state.look(path)[1])
+    assert "clock.behind clock" in ids(host_state.look(path)[1])
     # the next good moment to remember is a new one
-    assert nox_state.write_record(path, {"version": nox_state.VERSION})
-    assert "clock.behind clock" not in ids(nox_state.look(path)[1])
+    assert host_state.write_record(path, {"version": host_state.VERSION})
+    assert "clock.behind clock" not in ids(host_state.look(path)[1])
 
 
 def test_a_record_of_another_shape_is_none(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     for text in ("", "[]", '{"version": 0}', "{"):
         path.write_text(text)
-        assert nox_state.read_record(path) == {}
+        assert host_state.read_record(path) == {}
 
 
 def test_the_record_is_private_and_written_once(tmp_path: Path) -> None:
     path = tmp_path / "nox/state.json"
-    assert nox_state.write_record(path, {"version": 1})
+    assert host_state.write_record(path, {"version": 1})
     assert path.stat().st_mode & 0o777 == 0o600
     if os.geteuid() == 0:
-        assert not nox_state.write_record(path, {"version": 1})
+        assert not host_state.write_record(path, {"version": 1})
 
 
 def test_nothing_is_deleted_on_the_way(tmp_path: Path) -> None:
@@ -259,10 +263,10 @@ def test_nothing_is_deleted_on_the_way(tmp_path: Path) -> None:
     kind.mkdir()
     (kind / "inside").write_text("more of it")
     found = [
-        nox_state.Finding("path.changed", "nox_tools", str(changed), "a", "b"),
-        nox_state.Finding("path.kind", "nox_tools", str(kind), "file", "directory"),
+        host_state.Finding("path.changed", "nox_tools", str(changed), "a", "b"),
+        host_state.Finding("path.kind", "nox_tools", str(kind), "file", "directory"),
     ]
-    moved = nox_state.clear(found, {"version": 1}, tmp_path / "aside")
+    moved = host_state.clear(found, {"version": 1}, tmp_path / "aside")
     assert [Path(one["to"]).exists() for one in moved] == [True, True]
     assert (Path(moved[1]["to"]) / "inside").read_text() == "more of it"
     assert changed.exists()
@@ -279,6 +283,26 @@ def test_lost_settings_come_back_where_they_are_usable(tmp_path: Path) -> None:
     # the front's copy is the front's to write: nothing but the token is believed
     assert nox_settings.recovered(lost, patterns) == {"NOX_PORT": "9000", "NOX_API_TOKEN": "b2" * 32}
     assert nox_settings.recovered({"state": "/nowhere", "token": "/nowhere"}, patterns) == {}
+
+
+def test_the_package_on_the_host_is_all_that_the_check_imports() -> None:
+    """Role nox_tools installs it, the check itself compares it; the standard library has the rest."""
+    utils, found, waiting = ROOT / "plugins/module_utils", {"__init__"}, ["host_state"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        for node in ast.walk(ast.parse((utils / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                waiting += {node.module} if node.module else {one.name for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert str(node.module).partition(".")[0] in sys.stdlib_module_names, name
+            elif isinstance(node, ast.Import):
+                assert {one.name.partition(".")[0] for one in node.names} <= sys.stdlib_module_names, name
+        waiting = [one for one in waiting if one not in found]
+    assert found == set(host_state.PACKAGE)
+    tasks = (ROOT / "roles/nox_tools/tasks/main.yml").read_text()
+    assert set(re.findall(r"share/nox/host_state/(\w+)\.py", tasks)) == found
+    assert {f"/usr/local/share/nox/host_state/{name}.py" for name in found} <= set(host_state.PATHS)
 
 
 def test_a_release_that_others_may_change(tmp_path: Path) -> None:
@@ -357,24 +381,24 @@ class TestReport:
 
 class TestAttributes:
     def test_owner_and_mode_take_no_role(self) -> None:
-        down = nox_state.Finding("unit.inactive", "nox_service", "nox-api.service", "active", "inactive")
+        down = host_state.Finding("unit.inactive", "nox_service", "nox-api.service", "active", "inactive")
         found = [finding("nox_service", "path.mode"), down]
-        assert (nox_state.owners_of(found), nox_state.right_paths(found)) == ([], ["x"])
+        assert (host_state.owners_of(found), host_state.right_paths(found)) == ([], ["x"])
 
     def test_the_record_is_written_again_anyway(self) -> None:
-        assert nox_state.owners_of([finding("nox_service", "record.mode")]) == []
+        assert host_state.owners_of([finding("nox_service", "record.mode")]) == []
 
     @pytest.mark.parametrize("deeper", ["path.changed", "user.missing"])
     def test_what_goes_deeper_takes_the_role(self, deeper: str) -> None:
         found = [finding("nox_logs", "path.owner"), finding("nox_logs", deeper)]
-        assert (nox_state.owners_of(found), nox_state.right_paths(found)) == (["nox_logs"], [])
+        assert (host_state.owners_of(found), host_state.right_paths(found)) == (["nox_logs"], [])
 
     def test_they_are_given_back_as_recorded(self, tmp_path: Path) -> None:
         path = tmp_path / "tool"
         path.write_text("x")
         owner = f"{path.owner()}:{path.group()}"
         record = {"sandbox": "/none", "paths": {str(path): {"kind": "file", "owner": owner, "mode": "0750"}}}
-        nox_state.set_right(str(path), record)
+        host_state.set_right(str(path), record)
         assert path.stat().st_mode & 0o7777 == 0o750
 
     def test_a_link_in_the_place_is_not_followed(self, tmp_path: Path) -> None:
@@ -386,5 +410,5 @@ class TestAttributes:
         owner = f"{target.owner()}:{target.group()}"
         record = {"sandbox": "/none", "paths": {str(path): {"kind": "file", "owner": owner, "mode": "0777"}}}
         with pytest.raises(OSError, match="symbolic"):
-            nox_state.set_right(str(path), record)
+            host_state.set_right(str(path), record)
         assert target.stat().st_mode & 0o7777 == 0o600

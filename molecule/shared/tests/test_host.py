@@ -53,6 +53,8 @@ PATHS: dict[str, tuple[str, str, str, str]] = {
     "/usr/local/bin/nox-monitor": ("regular file", "root", "root", "755"),
     "/usr/local/share/nox": ("directory", "root", "root", "755"),
     "/usr/local/share/nox/nox-debug.fr": ("regular file", "root", "root", "644"),
+    "/usr/local/share/nox/host_state": ("directory", "root", "root", "755"),
+    "/usr/local/share/nox/host_state/host_state.py": ("regular file", "root", "root", "644"),
     "/usr/local/share/nox/tests": ("directory", "root", "root", "755"),
     "/usr/local/share/nox/tests/smoke.sh": ("regular file", "root", "root", "755"),
 }
