@@ -43,7 +43,7 @@ ON_REQUEST = {
     "guides": "tests/run.py guides, 15 minutes",
     "history": "tests/run.py history, 6 minutes",
     "troubleshooting": "tests/run.py troubleshooting, 15 minutes",
-    "container": "tests/run.py container, 8 minutes",
+    "container": "tests/run.py container, 15 minutes",
     "hostile": "tests/run.py hostile, 15 minutes",
 }
 LAST_LINES = 12  # of a step that passed
