@@ -315,7 +315,10 @@ def rounds(entries: list[Entry]) -> list[list[Entry]]:
     found: list[list[Entry]] = []
     for entry in entries:
         if entry.mended_by_repair:
-            open_ones = (one for one in found if one[0].mended_by_repair and kind(entry) not in map(kind, one))
+            taken = (set[str]().union(*map(kinds, one)) for one in found)
+            open_ones = (
+                one for one, has in zip(found, taken, strict=True) if one[0].mended_by_repair and not kinds(entry) & has
+            )
             if (one := next(open_ones, None)) is not None:
                 one.append(entry)
                 continue
@@ -323,9 +326,18 @@ def rounds(entries: list[Entry]) -> list[list[Entry]]:
     return found
 
 
-def kind(entry: Entry) -> str:
+# What nox-debug tells an installation by: where all of them are gone, nothing is installed.
+INSTALLED_BY = ("install.present/partly", "config.file/missing", "release.current/missing")
+
+
+def kinds(entry: Entry) -> set[str]:
     name = entry.id.partition(".")[0]
-    return "units" if name == "install" else name
+    found = {"units" if name == "install" else name}
+    if entry.id in INSTALLED_BY:
+        found.add("install")
+    if name == "config":
+        found.add("sandbox")  # which the settings name
+    return found
 
 
 # ── The host
