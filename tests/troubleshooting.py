@@ -252,8 +252,7 @@ SYMPTOMS = {
     "logs.errors/some": Symptom(
         f"sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=0/' {CONFIG}; systemctl restart nox-api; cp -p {SETTINGS} {CONFIG}; systemctl restart nox-api"
     ),
-    "record.drift/drifted": Symptom("rm /usr/local/bin/nox-monitor"),
-    "record.drift/differs": Symptom("mkdir -p /opt/nox/releases/.9.9.9-0123456789ab.partial-x/venv"),
+    "record.drift/differs": Symptom("rm /usr/local/bin/nox-monitor"),
     "record.drift/norecord": Symptom(f"rm {RECORD}"),
     "record.drift/failed": Symptom(f"echo '{{\"version\": 1}}' > {RECORD}"),
     "record.drift/missing": Symptom(f"rm -r {STATE_CHECK}"),

@@ -1352,7 +1352,7 @@ def test_a_host_as_the_roles_left_it(installed: FakeHost, tool: Path) -> None:
 def test_what_differs_is_named_with_what_mends_it(installed: FakeHost, tool: Path) -> None:
     tool.unlink()
     check = compared(installed)
-    assert (check.state, check.outcome, check.help) == ("fail", "drifted", "make repair")
+    assert (check.state, check.outcome, check.help) == ("warn", "differs", "make repair")
     assert check.detail.endswith(f"path.missing {tool}")
     (finding,) = check.as_json()["findings"]
     assert (finding["id"], finding["owner"], finding["expected"]) == ("path.missing", "nox_tools", "file")
@@ -1366,7 +1366,7 @@ def test_what_another_finding_names_is_not_a_second_problem(installed: FakeHost,
     assert (check.state, check.outcome) == ("skip", "named")
     assert debug.exit_code([warned, check]) == 1, "as grave as the other finds it"
     assert [finding["id"] for finding in check.findings] == ["path.mode"]
-    assert compared(installed, debug.say("logs.rotate", "ok", path=tool)).outcome == "drifted"
+    assert compared(installed, debug.say("logs.rotate", "ok", path=tool)).outcome == "differs"
 
 
 @as_root
@@ -1378,22 +1378,21 @@ def test_an_edit_is_said_although_its_effect_is(installed: FakeHost, tool: Path)
 
 @as_root
 @pytest.mark.parametrize(
-    ("owner", "severity", "count", "outcome", "command"),
+    ("owner", "severity", "count", "command"),
     [
-        ("nox_release", "warn", 1, "differs", "make repair"),
-        ("nox_release", "fail", 5, "drifted", "make repair"),
-        ("operator", "warn", 1, "differs", "make drift"),
-        ("operator", "fail", 1, "drifted", "make drift"),
+        ("nox_release", "warn", 1, "make repair"),
+        ("nox_release", "fail", 5, "make repair"),
+        ("operator", "warn", 1, "make drift"),
+        ("operator", "fail", 1, "make drift"),
     ],
 )
-def test_as_grave_as_the_state_check_finds_it(
+def test_drift_alone_breaks_no_host(
     installed: FakeHost,
     tool: Path,
     monkeypatch: pytest.MonkeyPatch,
     owner: str,
     severity: str,
     count: int,
-    outcome: str,
     command: str,
 ) -> None:
     state = debug.load_state_check(installed.facts().host)
@@ -1401,7 +1400,7 @@ def test_as_grave_as_the_state_check_finds_it(
     record = dict.fromkeys(("paths", "units", "packages", "accounts"), ())
     monkeypatch.setattr(state, "look", lambda path: ("drifted", [one] * count, record))
     check = compared(installed)
-    assert (check.state, check.outcome, check.help) == (severity, outcome, command)
+    assert (check.state, check.outcome, check.help) == ("warn", "differs", command)
     assert check.detail.count("clock.behind") == min(count, 3)
     assert ("and 2 more" in check.detail) == (count == 5)
 
