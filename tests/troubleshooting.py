@@ -236,7 +236,7 @@ SYMPTOMS = {
     "config.mode/wide": Symptom(f"chmod 0644 {CONFIG}"),
     "config.mode/group": Symptom(f"chmod 0640 {CONFIG}"),
     "config.mode/owner": Symptom(f"chown nox-api:nox-api {CONFIG}"),
-    "release.trust/loose": Symptom("chown nox /opt/nox/current/venv/bin; chmod g+w /opt/nox"),
+    "release.trust/loose": Symptom("chown nox /opt/nox/current/venv/bin"),
     "units.enabled/no": Symptom("systemctl disable nox-api"),
     "units.release/old": Symptom(
         "cp -a $(readlink -f /opt/nox/current) /opt/nox/releases/0.0.1-0123456789ab; ln -sfn releases/0.0.1-0123456789ab /opt/nox/current",
