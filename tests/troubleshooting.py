@@ -236,7 +236,7 @@ SYMPTOMS = {
     "config.mode/wide": Symptom(f"chmod 0644 {CONFIG}"),
     "config.mode/group": Symptom(f"chmod 0640 {CONFIG}"),
     "config.mode/owner": Symptom(f"chown nox-api:nox-api {CONFIG}"),
-    "release.trust/loose": Symptom("chown nox /opt/nox/current/venv/bin; chmod g+w /opt/nox"),
+    "release.trust/loose": Symptom("chown nox /opt/nox/current/venv/bin"),
     "units.enabled/no": Symptom("systemctl disable nox-api"),
     "units.release/old": Symptom(
         "cp -a $(readlink -f /opt/nox/current) /opt/nox/releases/0.0.1-0123456789ab; ln -sfn releases/0.0.1-0123456789ab /opt/nox/current",
@@ -252,8 +252,7 @@ SYMPTOMS = {
     "logs.errors/some": Symptom(
         f"sed -i 's/^NOX_TIMEOUT=.*/NOX_TIMEOUT=0/' {CONFIG}; systemctl restart nox-api; cp -p {SETTINGS} {CONFIG}; systemctl restart nox-api"
     ),
-    "record.drift/drifted": Symptom("rm /usr/local/bin/nox-monitor"),
-    "record.drift/differs": Symptom("mkdir -p /opt/nox/releases/.9.9.9-0123456789ab.partial-x/venv"),
+    "record.drift/differs": Symptom("rm /usr/local/bin/nox-monitor"),
     "record.drift/norecord": Symptom(f"rm {RECORD}"),
     "record.drift/failed": Symptom(f"echo '{{\"version\": 1}}' > {RECORD}"),
     "record.drift/missing": Symptom(f"rm -r {STATE_CHECK}"),

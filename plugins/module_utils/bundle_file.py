@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tarfile
 from typing import Any
 
 FORMAT = 1
 CONTENTS = "BUNDLE.json"
-
-
-def digest_of(data: bytes) -> str:
-    """SHA-256, 64 hex digits."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_contents(tar: tarfile.TarFile) -> dict[str, Any]:

@@ -65,11 +65,11 @@ pieces:
   type: int
 """
 
-import hashlib
 import os
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 
 
 def directory(path: Path, check_mode: bool) -> bool:
@@ -84,14 +84,6 @@ def directory(path: Path, check_mode: bool) -> bool:
         os.chown(path, 0, 0)
         path.chmod(0o755)
     return not right
-
-
-def digest_of(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def main() -> None:
@@ -111,7 +103,7 @@ def main() -> None:
     partial = archive.with_name(f".{archive.name}.part")
     places = (root, archive.parent, root / "releases")
     changed = [path for path in places if directory(path, module.check_mode)]
-    if archive.is_file() and digest_of(archive) == sha256:
+    if archive.is_file() and digest_of_file(archive) == sha256:
         found = archive.stat()
         if (found.st_uid, found.st_gid, found.st_mode & 0o7777) != (0, 0, 0o644):
             changed.append(archive)
@@ -129,7 +121,7 @@ def main() -> None:
             handle.flush()
             os.fsync(handle.fileno())
         have = partial.stat().st_size
-    complete = bool(have) and digest_of(partial) == sha256
+    complete = bool(have) and digest_of_file(partial) == sha256
     if complete and not module.check_mode:
         partial.chmod(0o644)
         partial.replace(archive)

@@ -50,7 +50,6 @@ skipped:
   type: list
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -64,6 +63,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import (
     parse_settings,
     token_state,
@@ -83,14 +83,6 @@ FILES = {
     "releases.json": ROOT / "manifest.json",
 }
 NEEDED = {"settings", "settings-record.json", "releases.json", "release.tar.gz", "sandbox.tar"}
-
-
-def sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def as_user(user: str, *command: str) -> list[str]:
@@ -136,9 +128,15 @@ def make(module: AnsibleModule, path: Path) -> tuple[dict[str, Any], list[str]]:
             "format": FORMAT,
             "host": platform.node(),
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "release": {"id": release, "sha256": sha256(archive), "python": about["python"], "arch": about["arch"]},
+            "release": {
+                "id": release,
+                "sha256": digest_of_file(archive),
+                "python": about["python"],
+                "arch": about["arch"],
+            },
             "parts": {
-                name: {"sha256": sha256(source), "bytes": source.stat().st_size} for name, source in sources.items()
+                name: {"sha256": digest_of_file(source), "bytes": source.stat().st_size}
+                for name, source in sources.items()
             },
         }
         text = Path(scratch) / "manifest.json"
@@ -173,7 +171,7 @@ def read_parts(module: AnsibleModule, path: Path, directory: Path) -> dict[str, 
         if manifest["format"] != FORMAT:
             module.fail_json(msg=f"{path}: format {manifest['format']}, this toolkit reads {FORMAT}")
         missing = sorted(NEEDED - set(parts))
-        wrong = [name for name, entry in parts.items() if sha256(directory / name) != entry["sha256"]]
+        wrong = [name for name, entry in parts.items() if digest_of_file(directory / name) != entry["sha256"]]
     except (OSError, EOFError, ValueError, KeyError, tarfile.TarError) as error:
         module.fail_json(msg=f"{path} is damaged or no backup of Nox: {error}")
     if missing or wrong:

@@ -57,7 +57,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.bundle_file import CONTENTS, FORMAT, digest_of
+from ansible_collections.nox.platform.plugins.module_utils.bundle_file import CONTENTS, FORMAT
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of
 
 EPOCH = datetime(1980, 1, 1, tzinfo=timezone.utc)  # a date of the build would make two builds differ
 NAMESPACE = uuid.UUID("9d3f8f0e-7f0d-4bb6-9d0b-4e6f1c0a51b7")  # of our serial numbers; any fixed one will do

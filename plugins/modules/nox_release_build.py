@@ -76,7 +76,8 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.bundle_file import digest_of, read_contents
+from ansible_collections.nox.platform.plugins.module_utils.bundle_file import read_contents
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of, digest_of_file
 
 FORMAT = "1"  # part of the inputs' digest: raise it when this builder lays files out differently
 PACKAGES = ("nox_api", "nox_runner")
@@ -147,7 +148,7 @@ def add_packages(module: AnsibleModule, lock: Path, target: Path, python: str, a
     kept, digest = cache / f"packages-{key}.tar.gz", cache / f"packages-{key}.sha256"
     try:
         data = kept.read_bytes()
-        usable = hashlib.sha256(data).hexdigest() == digest.read_text(encoding="ascii")
+        usable = digest_of(data) == digest.read_text(encoding="ascii")
     except OSError:
         usable = False
     if usable:
@@ -157,7 +158,7 @@ def add_packages(module: AnsibleModule, lock: Path, target: Path, python: str, a
     pip_install(module, lock, target, python, arch)
     data = pack(target)
     write(kept, data)
-    write(digest, hashlib.sha256(data).hexdigest().encode())
+    write(digest, digest_of(data).encode())
 
 
 def add_project(source: Path, target: Path, version: str) -> None:
@@ -193,7 +194,7 @@ def describe(tree: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = f"-> {path.readlink()}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = digest_of_file(path)
     return found
 
 
@@ -232,7 +233,7 @@ def build(module: AnsibleModule, source: Path, lock: Path, python: str, arch: st
         text = json.dumps({**about, "files": describe(tree)}, indent=1, sort_keys=True)
         (tree / "RELEASE.json").write_text(text + "\n", encoding="utf-8")
         data = pack(tree)
-    digest = hashlib.sha256(data).hexdigest()
+    digest = digest_of(data)
     name = f"{version}-{digest[:12]}"
     archive = cache / f"{name}.tar.gz"
     write(archive, data)
@@ -258,7 +259,7 @@ def from_bundle(module: AnsibleModule, bundle: Path, cache: Path, python: str, a
                 module.fail_json(msg=f"{bundle} has no release for Python {python} on {arch}; it has: {known}")
             release: dict[str, Any] = there[0]
             archive = cache / f"{release['id']}.tar.gz"
-            if not archive.is_file() or digest_of(archive.read_bytes()) != release["sha256"]:
+            if not archive.is_file() or digest_of_file(archive) != release["sha256"]:
                 handle = tar.extractfile(f"releases/{release['id']}.tar.gz")
                 data = handle.read() if handle else b""
                 if digest_of(data) != release["sha256"]:
@@ -305,7 +306,7 @@ def main() -> None:
     known_path = cache / f"{inputs}.json"
     try:
         release = json.loads(known_path.read_text(encoding="utf-8"))
-        usable = hashlib.sha256(Path(release["archive"]).read_bytes()).hexdigest() == release["sha256"]
+        usable = digest_of_file(Path(release["archive"])) == release["sha256"]
     except (OSError, ValueError, KeyError):
         usable = False
     if not usable:
