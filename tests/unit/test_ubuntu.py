@@ -121,7 +121,7 @@ def test_hardening(tmp_path: Path) -> None:
     assert "ignoreip = 127.0.0.1/8 ::1 192.0.2.99" in jail and "port = 22\n" in jail
     assert jail.count("enabled = true") == 2
     assert "-w /etc/default/nox-api -p wa -k nox\n" in (tmp_path / "audit.rules").read_text()
-    assert (tmp_path / "modprobe.conf").read_text().count("/bin/false") == 6
+    assert (tmp_path / "modprobe.conf").read_text().count("/bin/false") == 11
     words = "start /tmp=nosuid,nodev,noexec /var/tmp=nosuid,nodev /dev/shm=nosuid,nodev,noexec\n"
     assert words in (tmp_path / "nox-mounts.service").read_text()
 
