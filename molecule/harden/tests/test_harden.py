@@ -70,9 +70,7 @@ def test_sshd_is_stricter_and_lets_its_people_in(sites: list[Site]) -> None:
         for user in ("root", "admin"):
             done = one.login(user)
             assert done.returncode == 0 and "authorized access only" in done.stderr
-        # this login is to fail: whose key the host has is of no matter
-        options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
-        assert "Permission denied (publickey)." in one.run(f"ssh {options} nobody@localhost 2>&1; true")
+        assert "Permission denied (publickey)." in one.run(f"{one.ssh_to(one)} -l nobody 2>&1; true")
 
 
 def test_a_change_that_shuts_people_out_is_taken_back(sites: list[Site]) -> None:
@@ -149,10 +147,8 @@ def test_a_flood_of_wrong_tokens_is_shut_out(sites: list[Site], attacked: int) -
 def test_guessing_at_ssh_is_shut_out(sites: list[Site]) -> None:
     target, stranger = sites
     knock = f"timeout 5 bash -c 'read -r line < /dev/tcp/{target.address}/22 && echo $line'; true"
-    # an attacker doesn't check whose key it is
-    options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectTimeout=5"
     assert stranger.run(knock).startswith("SSH-2.0")
-    stranger.run(f"for name in a b c d e f; do ssh {options} $name@{target.address} true; done; true")
+    stranger.run(f"for name in a b c d e f; do {stranger.ssh_to(target)} -l $name true; done; true")
     until(lambda: stranger.run(knock) == "", "the ban")
     assert target.run("fail2ban-client get sshd banip") == stranger.address
     assert target.login().returncode == 0
