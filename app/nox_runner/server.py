@@ -54,7 +54,8 @@ class Server:
         # A handler alone would not end select (PEP 475).
         signal.set_wakeup_fd(wake_write.fileno())
         self._listener.setblocking(False)
-        self._start_thread()
+        if not self._start_thread():
+            raise OSError("no thread and no epoll can be had to listen with")
         systemd.ready()
         log("info", "ready", backend=self._service.backend.name)
         while not self._signals & {signal.SIGTERM, signal.SIGINT}:
@@ -71,33 +72,34 @@ class Server:
         self._signals.add(number)
 
     def _start_thread(self) -> bool:
+        try:
+            poll = select.epoll()
+        except OSError:  # no more descriptors
+            return False
+        # Exclusive: one connection wakes one thread.
+        poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        poll.register(self._stop_read, select.EPOLLIN)
         self._threads += 1
         try:
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, args=(poll,), daemon=True).start()
         except RuntimeError:  # no more threads on this host
+            poll.close()
             self._threads -= 1
             return False
         return True
 
-    def _work(self) -> None:
+    def _work(self, poll: select.epoll) -> None:
         """Take one connection after the other, until the stop.
 
         Whoever accepts serves: a hand-over to another thread costs a hello world a tenth of its
         time. And threads stay, for the same reason.
         """
-        try:
-            with select.epoll() as poll:
-                # Exclusive: one connection wakes one thread.
-                poll.register(self._listener, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-                poll.register(self._stop_read, select.EPOLLIN)
-                while all(descriptor != self._stop_read for descriptor, _ in poll.poll()):
-                    self._accept()
-        except OSError as error:  # out of descriptors: the others go on
-            log("error", "thread_failed", reason=str(error))
-        finally:
-            with self._changed:
-                self._threads -= 1
-                self._changed.notify_all()
+        with poll:
+            while all(descriptor != self._stop_read for descriptor, _ in poll.poll()):
+                self._accept()
+        with self._changed:
+            self._threads -= 1
+            self._changed.notify_all()
 
     def _accept(self) -> None:
         try:

@@ -11,7 +11,6 @@ import array
 import dataclasses
 import fcntl
 import grp
-import hashlib
 import json
 import os
 import pwd
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from . import host_files, kernel_settings
+from .digests import digest_of_file
 from .release_files import changed_files, foreign_writer, read_manifest, release_problem
 from .settings_file import LINE, parse_settings, token_state
 
@@ -60,6 +60,7 @@ ACCOUNTS = ("nox-api", "nox")
 PACKAGE = (
     "__init__",
     "brought",
+    "digests",
     "host_files",
     "host_state",
     "kernel_settings",
@@ -243,7 +244,7 @@ def describe(path: str, content: bool) -> dict[str, str]:
     if content and kind == "link":
         found["content"] = os.readlink(path)
     elif content and kind == "file":
-        found["content"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        found["content"] = digest_of_file(Path(path))
     return found
 
 
@@ -409,7 +410,7 @@ def compare_release(recorded: str) -> Findings:
             yield Finding("release.python", role, recorded, f"Python {about['python']}", f"{python} is none")
     archive = ROOT / f"archives/{recorded}.tar.gz"
     try:
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        digest = digest_of_file(archive)
         if not digest.startswith(recorded.rpartition("-")[2]):
             yield Finding("release.archive", role, str(archive), recorded, f"SHA-256 {digest[:12]}", WARN)
     except OSError:

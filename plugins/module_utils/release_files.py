@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .digests import digest_of_file
 
 
 def differing(directory: Path) -> Iterator[str]:
@@ -21,7 +22,7 @@ def differing(directory: Path) -> Iterator[str]:
             if wanted.startswith("-> "):
                 good = path.is_symlink() and f"-> {os.readlink(path)}" == wanted
             else:
-                good = hashlib.sha256(path.read_bytes()).hexdigest() == wanted
+                good = digest_of_file(path) == wanted
         except OSError:
             good = False
         if not good:

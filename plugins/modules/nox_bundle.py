@@ -58,7 +58,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.bundle_file import CONTENTS, FORMAT
-from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of, digest_of_file
 
 EPOCH = datetime(1980, 1, 1, tzinfo=timezone.utc)  # a date of the build would make two builds differ
 NAMESPACE = uuid.UUID("9d3f8f0e-7f0d-4bb6-9d0b-4e6f1c0a51b7")  # of our serial numbers; any fixed one will do
@@ -197,7 +197,7 @@ def main() -> None:
         }
     )
     digest = digest_of(data)
-    changed = not out.is_file() or digest_of(out.read_bytes()) != digest
+    changed = not out.is_file() or digest_of_file(out) != digest
     if changed and not module.check_mode:
         if not out.parent.is_dir():
             module.fail_json(msg=f"{out.parent}: no such directory")

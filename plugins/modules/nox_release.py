@@ -77,7 +77,6 @@ actions:
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -88,6 +87,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.module_utils.release_files import (
     foreign_writer,
     read_manifest,
@@ -99,7 +99,7 @@ from ansible_collections.nox.platform.plugins.module_utils.release_files import 
 def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -> None:
     """Archive → directory, by a rename when all of it is there and checked."""
     try:
-        data_digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        data_digest = digest_of_file(archive)
     except OSError as error:
         module.fail_json(msg=f"{archive}: {error.strerror}")
     if data_digest != sha256:

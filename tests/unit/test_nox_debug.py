@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.nox.platform.plugins.module_utils import host_state
 
 SCRIPT = Path(__file__).parents[2] / "roles/nox_tools/files/nox-debug"
 
@@ -1301,7 +1302,6 @@ def test_the_tail_of_a_large_file_starts_at_a_whole_line(host: FakeHost) -> None
 # --- the record ---
 
 UTILS = SCRIPT.parents[3] / "plugins/module_utils"
-PACKAGE = ("brought", "host_files", "host_state", "kernel_settings", "release_files", "settings_file")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root alone may change belongs to root")
 
 
@@ -1309,7 +1309,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root alone may chan
 def installed(host: FakeHost) -> Iterator[FakeHost]:
     """A host with the state check's own files, as role nox_tools installs them."""
     bytecode = sys.dont_write_bytecode, sys.pycache_prefix
-    for name in ("__init__", *PACKAGE):
+    for name in host_state.PACKAGE:
         text = "" if name == "__init__" else (UTILS / f"{name}.py").read_text()
         host.write(f"{debug.STATE_CHECK}/{name}.py", text)
     yield host
