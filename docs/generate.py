@@ -60,12 +60,14 @@ def read_role(directory: Path) -> Role:
 def in_order(roles: dict[str, Role]) -> list[Role]:
     """The shared one first, then as the playbook runs them, then the rest by name."""
     (play,) = load(ROOT / "playbooks/install.yml")
-    first = [
-        task["ansible.builtin.import_role"]["name"]
-        for task in play["pre_tasks"]
-        if "ansible.builtin.import_role" in task
+    names = [
+        SHARED,
+        *(
+            task["ansible.builtin.import_role"]["name"].rpartition(".")[2]
+            for task in play["tasks"]
+            if "ansible.builtin.import_role" in task
+        ),
     ]
-    names = [SHARED, *(str(one).rpartition(".")[2] for one in [*first, *(role["role"] for role in play["roles"])])]
     return [roles[name] for name in [*names, *sorted(set(roles) - set(names))]]
 
 

@@ -150,9 +150,8 @@ def _count(size: str, hosts: int) -> int:
 
 def status_of(end: End) -> dict[str, Any]:
     """status.yml's and gate.yml's results of one host, flat. `state`: healthy, unhealthy, not installed, unreachable."""
-    status = end.results.get("nox_status", {}).get("status", {})
-    compared = end.results.get("nox_state", {})
-    verdict = compared.get("verdict", "")
+    found = end.results.get("nox_status", {})
+    status, verdict = found.get("status", {}), found.get("verdict", "")
     reachable = end.word != "unreachable"
     healthy = bool(status.get("healthy"))
     problem = status.get("problem", "") or end.error
@@ -176,7 +175,7 @@ def status_of(end: End) -> dict[str, Any]:
             )
         },
         "last_run": status.get("last_run", ""),
-        "findings": [finding_text(one) for one in compared.get("findings", [])],
+        "findings": [finding_text(one) for one in found.get("findings", [])],
     }  # fmt: skip
 
 

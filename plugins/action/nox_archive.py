@@ -9,7 +9,7 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 
-PIECE = 4 << 20  # what is lost at most when a connection ends in the middle
+PIECE = 8 << 20  # what is lost at most when a connection ends in the middle
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]

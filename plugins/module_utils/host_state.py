@@ -875,6 +875,11 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
     return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
 
 
+def about(record: Record) -> Record:
+    """What is recorded of the playbook's own knowledge, without what only the check itself reads."""
+    return {key: value for key, value in record.get("about", {}).items() if key != "patterns"}
+
+
 def light(findings: list[Finding], role: str) -> bool:
     """Whether units to start, attributes to set, and the record to write again are all that a role's findings ask for."""
     right = set(right_paths(findings))

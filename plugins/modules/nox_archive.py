@@ -10,7 +10,7 @@ short_description: Brings a release's archive to a host, once, and goes on where
 description:
   - Copies one file made by M(nox.platform.nox_release_build) to C(archives/) below O(root), and makes the directories
     for archives and releases. A file that lies there with the right digest is not copied.
-  - It goes over in pieces of 4 MiB. Where a connection ends in the middle, the pieces that arrived are kept, and the
+  - It goes over in pieces of 8 MiB. Where a connection ends in the middle, the pieces that arrived are kept, and the
     next run goes on after them. The file has its own name only when all of it is there and its SHA-256 is the one given.
 author: The Nox maintainers
 attributes:

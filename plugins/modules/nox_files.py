@@ -21,7 +21,9 @@ options:
     required: true
     suboptions:
       path:
-        description: Where; several paths get the same. The directory is there, or comes before it in the list.
+        description:
+          - Where; several paths get the same. A file's or a link's directory is there, or comes before it in the list; those
+            above a directory are made, root's.
         type: list
         elements: path
         required: true
@@ -131,7 +133,7 @@ def make_directory(module: AnsibleModule, one: dict[str, Any]) -> list[Diff]:
         made = [{"before_header": path, "after_header": path, "before": "", "after": "a directory\n"}]
         if module.check_mode:
             return made
-        Path(path).mkdir(mode=0o700)
+        Path(path).mkdir(mode=0o700, parents=True)
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if not module.check_mode else -1
     try:
         status = os.fstat(handle) if handle != -1 else os.lstat(path)
@@ -253,4 +255,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.umask(0o022)  # directories above one that is made must not inherit a hardened umask
     main()

@@ -33,7 +33,7 @@ EXAMPLES = r"""
 RETURN = r"""
 host:
   description:
-    - What was read. Sizes are in MiB, ports are TCP. C(lacks) says why the kernel gives this host no audit rules, or no say in
+    - What was read. Sizes are in MiB, ports are TCP. C(proxies) have a configuration here. C(lacks) says why the kernel gives this host no audit rules, or no say in
       which modules are loaded; empty where it does.
   returned: always
   type: dict
@@ -53,6 +53,7 @@ host:
     free_mib: {/opt: 20480}
     ssh_ports: [22]
     listeners: [{port: 22, address: 0.0.0.0, process: sshd, unit: ssh.service}]
+    proxies: [caddy, nginx]
     sites: {caddy: [], nginx: [blog]}
     settings: {NOX_PORT: "8080"}
     token: absent
@@ -342,6 +343,7 @@ def main() -> None:
             "ssh_session": session_ssh_port() is not None,
             "ssh_ports": ssh_ports(listening),
             "listeners": listening,
+            "proxies": [name for name in ("caddy", "nginx") if Path("/etc", name).is_dir()],
             "sites": sites(module),
             # any key that smells of a secret stays on the host
             "settings": {k: v for k, v in settings.items() if not re.search("TOKEN|SECRET|KEY", k)},

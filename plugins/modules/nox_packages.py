@@ -11,6 +11,8 @@ description:
   - O(state=absent) purges those that came with Nox and that nothing else needs, with what they brought along; others stay.
   - What was installed, dependencies included, is remembered for uninstall.
   - Asks dpkg what is missing and installs just that, in one apt transaction.
+  - O(apart=true) leaves apt at work in the background. The next task of this module waits for its end and tells what came of
+    it, so nothing is lost where the playbook is stopped in between.
   - Unlike M(ansible.builtin.apt) it needs no python3-apt on the host, so check mode tells the truth on an untouched
     minimal server too; there apt itself is asked what it would install.
 author: The Nox maintainers
@@ -29,6 +31,10 @@ options:
     description: Whether recommended packages come along.
     type: bool
     default: false
+  apart:
+    description: Whether to leave as soon as apt is at work. Not in check mode.
+    type: bool
+    default: false
   lock_timeout:
     description: Seconds to wait for another apt or dpkg to end (unattended-upgrades on a fresh server).
     type: int
@@ -39,9 +45,28 @@ EXAMPLES = r"""
 - name: Install what the services need
   nox.platform.nox_packages:
     name: [bubblewrap, ufw]
+
+- name: Begin to install what the services need
+  nox.platform.nox_packages:
+    name: [bubblewrap, ufw]
+    apart: true
+  register: begun
+
+- name: Wait until they are there
+  nox.platform.nox_packages:
+    name: [bubblewrap, ufw]
+  when: begun.apart
 """
 
 RETURN = r"""
+apart:
+  description: Whether apt was left at work.
+  returned: when state is present
+  type: bool
+present:
+  description: The named packages, which are there now (in check mode, would be; apart, will be).
+  returned: when state is present
+  type: list
 missing:
   description: The named packages that were not there before.
   returned: always
@@ -60,13 +85,22 @@ installed:
   type: list
 """
 
+import fcntl
+import json
 import os
 import re
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.brought import read, remember, replace
 from ansible_collections.nox.platform.plugins.module_utils.brought_packages import removable
+
+# Locked by whoever is at work, and what a run that was left in the background says at its end.
+ANSWER = Path("/run/nox-packages.json")
+LONGEST = 3600  # seconds that one is waited for
 
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
@@ -110,6 +144,40 @@ def install(module: AnsibleModule, names: list[str], simulate: bool) -> tuple[in
     return apt(module, *options, "install", *names)
 
 
+def await_other(module: AnsibleModule) -> dict[str, Any]:
+    """Takes the lock, which ends with the process, and returns what one in the background said; empty where there was none."""
+    descriptor = os.open(ANSWER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    for _ in range(LONGEST * 10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
+        module.fail_json(msg=f"apt has been at work for {LONGEST} s, begun by an earlier task. Look: ps -ef | grep apt")
+    answer = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    os.truncate(descriptor, 0)
+    try:
+        found: dict[str, Any] = json.loads(answer)
+    except ValueError:  # nothing, or half of it: it was killed
+        return {}
+    if found.get("failed"):
+        module.fail_json(**found)
+    return found
+
+
+def go_on_apart() -> bool:
+    """True in the process that Ansible waits for; the other one holds the lock and prints its result into the file."""
+    if os.fork():
+        return True
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 2):
+        os.dup2(nothing, standard)
+    os.dup2(os.open(ANSWER, os.O_WRONLY | os.O_CLOEXEC), 1)
+    return False
+
+
 def remove(module: AnsibleModule) -> None:
     def ask(*command: str) -> str:
         _, out, _ = module.run_command(list(command), environ_update=ENVIRONMENT)
@@ -139,16 +207,32 @@ def main() -> None:
             "name": {"type": "list", "elements": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "recommends": {"type": "bool", "default": False},
+            "apart": {"type": "bool", "default": False},
             "lock_timeout": {"type": "int", "default": 300},
         },
         supports_check_mode=True,
     )
     if module.params["state"] == "absent":
         remove(module)
+    answer = {"changed": False, "missing": [], "present": module.params["name"], "apart": False}
+    if not module.check_mode:
+        answer |= await_other(module) | {"present": module.params["name"]}
     missing = missing_packages(module, module.params["name"])
     if not missing:
-        module.exit_json(changed=False, missing=[])
+        module.exit_json(**answer)
+    if not module.params["apart"] or module.check_mode:
+        make_present(module, missing)
+    if go_on_apart():
+        module.exit_json(**{**answer, "apart": True})
+    try:
+        make_present(module, missing)
+    finally:
+        sys.stdout.flush()
+        os._exit(0)  # nothing of what Ansible's wrapper does at the end: its files are gone
 
+
+def make_present(module: AnsibleModule, missing: list[str]) -> None:
+    """Installs them, and answers."""
     rc, out, err = install(module, missing, simulate=True)
     if rc != 0 and not module.check_mode:
         # empty or stale package lists: the usual state of a fresh image
@@ -167,6 +251,8 @@ def main() -> None:
 
     result: dict[str, Any] = {
         "changed": True,
+        "apart": False,
+        "present": module.params["name"],
         "missing": missing,
         "installed": plan,
         "diff": {"before": "", "after": "".join(f"{name}\n" for name in plan)},

@@ -83,6 +83,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,24 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
                     or not (member.isreg() or member.isdir() or member.issym())
                 ):
                     module.fail_json(msg=f"{archive}: refuses to unpack {member.name!r}")
-            tar.extractall(scratch)  # noqa: S202  members checked above
-        problem = release_problem(scratch)
-        if problem:
-            module.fail_json(msg=f"{archive}: {problem}")
-        about = json.loads((scratch / "RELEASE.json").read_text(encoding="utf-8"))
-        # Compiled here, once: the services can't write below /opt, and would compile at every start.
-        packages = scratch / f"venv/lib/python{about['python']}/site-packages"
-        rc, _, err = module.run_command(
-            [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
-            + ["-x", r"/site-packages/pip/", "--invalidation-mode", "unchecked-hash"]  # no service imports pip
-            + ["-s", str(scratch), "-p", str(directory), str(packages)]
-        )
-        if rc != 0:
-            module.fail_json(
-                msg=f"Python {about['python']} on this host can't compile the release: {err.strip()[-800:]}"
+                tar.extract(member, scratch)  # at once: a second pass would decompress all of it again
+        try:
+            python = json.loads((scratch / "RELEASE.json").read_text(encoding="utf-8"))["python"]
+        except (OSError, ValueError, LookupError):
+            module.fail_json(msg=f"{archive}: {release_problem(scratch)}")
+        packages = scratch / f"venv/lib/python{python}/site-packages"
+        with ThreadPoolExecutor() as beside:  # what is compiled lies beside what is compared
+            whole = beside.submit(release_problem, scratch)
+            # Compiled here, once: the services can't write below /opt, and would compile at every start.
+            rc, _, err = module.run_command(
+                [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
+                + ["-x", r"/site-packages/pip/", "--invalidation-mode", "unchecked-hash"]  # no service imports pip
+                + ["-s", str(scratch), "-p", str(directory), str(packages)]
             )
+        if whole.result():
+            module.fail_json(msg=f"{archive}: {whole.result()}")
+        if rc != 0:
+            module.fail_json(msg=f"Python {python} on this host can't compile the release: {err.strip()[-800:]}")
         try_out(module, scratch)
         if directory.exists():
             aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.broken-"))

@@ -156,7 +156,7 @@ def main() -> None:
         stale=list(host_state.NOX_UNITS) if host_state.stale_units(findings, "nox_service") else [],
         stale_proxy=host_state.stale_units(findings, "nox_proxy"),
         in_the_way=host_state.in_the_way(findings, record),
-        about={key: value for key, value in record.get("about", {}).items() if key != "patterns"},
+        about=host_state.about(record),
         ids={name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()},
         seconds=round(time.monotonic() - begun, 3),
         **extra,

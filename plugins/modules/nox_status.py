@@ -8,8 +8,8 @@ DOCUMENTATION = r"""
 module: nox_status
 short_description: Says which release of Nox a host runs, and how it is
 description:
-  - Reads what is on the host and asks the running service, in one round trip. Changes nothing.
-  - Drift isn't its business, that is M(nox.platform.nox_state).
+  - Reads what is on the host, asks the running service, and compares the host with its record as M(nox.platform.nox_state)
+    does, all in one round trip. Changes nothing.
 author: The Nox maintainers
 options:
   probe:
@@ -45,8 +45,21 @@ status:
     last_run: "2026-01-02T03:04:05Z"
     token_age_days: 12
     certificate_days: 80
+verdict:
+  description: As M(nox.platform.nox_state) returns it.
+  returned: always
+  type: str
+findings:
+  description: As M(nox.platform.nox_state) returns them.
+  returned: always
+  type: list
+about:
+  description: As M(nox.platform.nox_state) returns it.
+  returned: always
+  type: dict
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -58,6 +71,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.nox.platform.plugins.module_utils import host_state
 from ansible_collections.nox.platform.plugins.module_utils.local_api import CONFIG, Unanswered, call
 
 ROOT = Path("/opt/nox")
@@ -205,7 +219,15 @@ def look(probe: int) -> dict[str, Any]:
 
 def main() -> None:
     module = AnsibleModule(argument_spec={"probe": {"type": "int", "default": 0}}, supports_check_mode=True)
-    module.exit_json(changed=False, status=look(module.params["probe"]))
+    status = look(module.params["probe"])
+    verdict, findings, record = host_state.look(STATE)
+    module.exit_json(
+        changed=False,
+        status=status,
+        verdict=verdict,
+        findings=[dataclasses.asdict(finding) for finding in findings],
+        about=host_state.about(record),
+    )
 
 
 if __name__ == "__main__":

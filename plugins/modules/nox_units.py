@@ -106,12 +106,12 @@ def plan(units: dict[str, dict[str, str]], state: str) -> list[list[str]]:
     masked = [n for n in names if units[n]["LoadState"] == "masked"]
     if masked:
         actions.append(["unmask", *masked])
-    # anything but "loaded": systemd tried at a moment when the file was missing or damaged, and remembers that
-    if masked or any(u["LoadState"] != "loaded" or u["NeedDaemonReload"] == "yes" for u in units.values()):
-        actions.append(["daemon-reload"])
     disabled = [n for n in names if units[n]["UnitFileState"] not in ("enabled", "static", "alias")]
+    # anything but "loaded": systemd tried at a moment when the file was missing or damaged, and remembers that
     if disabled:
-        actions.append(["enable", *disabled])
+        actions.append(["enable", *disabled])  # with a daemon-reload of its own
+    elif masked or any(u["LoadState"] != "loaded" or u["NeedDaemonReload"] == "yes" for u in units.values()):
+        actions.append(["daemon-reload"])
     failed = [n for n in names if units[n]["ActiveState"] == "failed"]
     if failed:
         actions.append(["reset-failed", *failed])

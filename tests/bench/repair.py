@@ -1,8 +1,8 @@
 """Repair and install beside what others would take for the same; measured in turns, medians count.
 
-    python -m tests.bench.repair [--part clean] [--part install] [--part damages] [-n HOSTS]
+    python -m tests.bench.repair [--part clean] [--part install] [--part damages] [-n HOSTS] [--inventory DIR]
 
-Parts, each with lab hosts of its own:
+Parts, each with lab hosts of its own (clean also with those of --inventory, on which Nox is installed):
 
     clean     ansible-playbook playbooks/repair.yml, all hosts clean, beside a parallel `ssh host python3 -c pass` and pyinfra
               with the files, accounts, packages and units of the first host's record (installed into .cache/bench)
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 
 
 def clean(options: argparse.Namespace) -> dict[str, Any]:
-    with lab("b-clean", options.n, installed=True) as inventory:
+    there = nullcontext(options.inventory.resolve()) if options.inventory else lab("b-clean", options.n, installed=True)
+    with there as inventory:
         hosts = inventory_hosts(inventory)
         command = pyinfra_ready(hosts)
         tasks = [0]
@@ -200,16 +201,19 @@ def install(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch, lab("b-model", 1, installed=True) as inventory:
         model = inventory_hosts(inventory)["nox1"]
         payload(model, Path(scratch))
-        for _ in range(options.installs):
+        for turn in range(options.installs):
             with lab("b-install", 2, installed=False) as inventory:
                 one, other = inventory_hosts(inventory).values()
                 floor({"one": one, "other": other}, shared=True)
-                begun = time.monotonic()
-                run(BIN / "ansible-playbook", "-i", inventory, "--limit=nox1", ROOT / "playbooks/install.yml")
-                between = time.monotonic()
-                by_hand(other, Path(scratch), model["ansible_host"])
-                seconds["playbook"].append(between - begun)
-                seconds["script"].append(time.monotonic() - between)
+                playbook = [BIN / "ansible-playbook", "-i", inventory, "--limit=nox1", ROOT / "playbooks/install.yml"]
+                sides: list[tuple[str, Callable[[], object]]] = [
+                    ("playbook", lambda playbook=playbook: run(*playbook)),  # type: ignore[misc]
+                    ("script", lambda other=other: by_hand(other, Path(scratch), model["ansible_host"])),  # type: ignore[misc]
+                ]
+                for name, side in sides[:: 1 - 2 * (turn % 2)]:  # now this one first, now that one
+                    begun = time.monotonic()
+                    side()
+                    seconds[name].append(time.monotonic() - begun)
     return {"seconds": seconds}
 
 
@@ -268,6 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("-n", type=int, default=10, metavar="HOSTS", help="of the part clean (%(default)s)")
+    parser.add_argument("--inventory", type=Path, metavar="DIR", help="of the part clean: measure these hosts")
     parser.add_argument("--rounds", type=int, default=5, help="of the part clean (%(default)s)")
     parser.add_argument("--installs", type=int, default=3, help="of the part install, of each kind (%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="of the part damages (%(default)s)")
@@ -279,7 +284,7 @@ def main() -> int:
         found = measure[name](options)
         found["machine"] = machine()
         found["command"] = shlex.join(["python", "-m", "tests.bench.repair", *sys.argv[1:]])
-        figures[f"clean {options.n}" if name == "clean" else name] = found
+        figures[f"clean {found['hosts']}" if name == "clean" else name] = found
         JSON.write_text(json.dumps(figures, indent=1) + "\n")
     text = table(figures)
     print(text)

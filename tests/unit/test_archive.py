@@ -36,12 +36,12 @@ PLAYBOOK = """
     - name: Damage it
       ansible.builtin.copy: {content: damaged, dest: "{{ archives }}/1.0-abc.tar.gz", mode: "0644"}
     - name: Keep a piece and a bit, as after a connection that ended
-      ansible.builtin.shell: head -c 5000000 PLACE/archive > {{ archives }}/.1.0-abc.tar.gz.part
+      ansible.builtin.shell: head -c 10000000 PLACE/archive > {{ archives }}/.1.0-abc.tar.gz.part
     - name: Send the rest
       nox.platform.nox_archive:
       register: rest
     - name: Keep what is not the beginning of it
-      ansible.builtin.shell: rm {{ archives }}/1.0-abc.tar.gz; head -c 6000000 /dev/zero > {{ archives }}/.1.0-abc.tar.gz.part
+      ansible.builtin.shell: rm {{ archives }}/1.0-abc.tar.gz; head -c 12000000 /dev/zero > {{ archives }}/.1.0-abc.tar.gz.part
     - name: Send the rest, find out, send all
       nox.platform.nox_archive:
       register: anew
@@ -63,7 +63,7 @@ PLAYBOOK = """
 def test_each_byte_is_sent_once(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to root")
-    data = os.urandom(10_000_000)
+    data = os.urandom(20_000_000)
     (tmp_path / "archive").write_bytes(data)
     text = PLAYBOOK.replace("PLACE", str(tmp_path)).replace("PYTHON", sys.executable)
     (tmp_path / "ship.yml").write_text(text.replace("DIGEST", hashlib.sha256(data).hexdigest()))

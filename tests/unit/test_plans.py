@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
 from ansible_collections.nox.platform.plugins.filter.names import alt_name, url_host
-from ansible_collections.nox.platform.plugins.modules import nox_apt_key, nox_firewall, nox_host, nox_release, nox_units
+from ansible_collections.nox.platform.plugins.modules import (
+    nox_accounts,
+    nox_apt_key,
+    nox_firewall,
+    nox_host,
+    nox_release,
+    nox_units,
+)
 
 
 def unit(load: str = "loaded", active: str = "active", file: str = "enabled", reload: str = "no") -> dict[str, str]:
@@ -21,16 +29,17 @@ class TestUnits:
 
     def test_a_host_without_the_unit(self) -> None:
         assert nox_units.plan({"a.service": unit("not-found", "inactive", "")}, "started") == [
-            ["daemon-reload"],
-            ["enable", "a.service"],
+            ["enable", "a.service"],  # which reloads systemd itself
             ["start", "a.service"],
         ]
+
+    def test_a_unit_that_was_changed_on_disk(self) -> None:
+        assert nox_units.plan({"a.service": unit(reload="yes")}, "started") == [["daemon-reload"]]
 
     def test_masked_and_failed_units_come_back(self) -> None:
         units = {"a.service": unit("masked", "failed", "masked"), "b.service": unit()}
         assert nox_units.plan(units, "started") == [
             ["unmask", "a.service"],
-            ["daemon-reload"],
             ["enable", "a.service"],
             ["reset-failed", "a.service"],
             ["start", "a.service"],
@@ -41,6 +50,56 @@ class TestUnits:
 
     def test_a_reload_starts_nothing_that_is_down(self) -> None:
         assert nox_units.plan({"a.service": unit(active="inactive")}, "reloaded") == []
+
+
+class TestAccounts:
+    ONE: ClassVar = {"name": "noxious", "comment": "of a test", "home": "/nonexistent", "shell": "/usr/sbin/nologin"}
+
+    def known(self, monkeypatch: pytest.MonkeyPatch, **differs: Any) -> None:
+        """The host has the user as it is to be, but for what is given, with the groups noxious (990) and other (55)."""
+        user = {
+            "pw_uid": 991,
+            "pw_gid": 990,
+            "pw_gecos": "of a test",
+            "pw_dir": "/nonexistent",
+            "pw_shell": "/usr/sbin/nologin",
+        }
+        monkeypatch.setattr(nox_accounts.pwd, "getpwnam", lambda _: SimpleNamespace(**user | differs))
+        monkeypatch.setattr(nox_accounts.grp, "getgrnam", lambda _: SimpleNamespace(gr_gid=990))
+        groups = {990: "noxious", 55: "other"}
+        monkeypatch.setattr(nox_accounts.grp, "getgrgid", lambda number: SimpleNamespace(gr_name=groups[number]))
+
+    def test_one_that_is_not_there(self) -> None:
+        assert nox_accounts.group_plan("noxious", None) == [["groupadd", "--system", "noxious"]]
+        assert nox_accounts.group_plan("noxious", 990) == [["groupadd", "--system", "--gid", "990", "noxious"]]
+        ((program, *words),) = nox_accounts.user_plan(self.ONE, 991)
+        assert program == "useradd" and words[-1] == "noxious"
+        assert {"--no-create-home", "--system", "--uid", "991", "--gid", "--password", "!"} <= set(words)
+
+    def test_one_that_is_right_is_left_alone_whatever_its_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known(monkeypatch)
+        assert nox_accounts.group_plan("noxious", None) == nox_accounts.user_plan(self.ONE, None) == []
+        assert nox_accounts.group_plan("noxious", 990) == nox_accounts.user_plan(self.ONE, 991) == []
+
+    @pytest.mark.parametrize(
+        ("differs", "words"),
+        [
+            ({"pw_shell": "/bin/bash"}, ["--shell", "/usr/sbin/nologin"]),
+            ({"pw_gid": 55}, ["--gid", "noxious"]),
+            ({"pw_gid": 77}, ["--gid", "noxious"]),  # a group that isn't there any more
+            ({"pw_dir": "/root", "pw_gecos": ""}, ["--comment", "of a test", "--home", "/nonexistent"]),
+        ],
+    )
+    def test_only_what_differs_is_set(
+        self, monkeypatch: pytest.MonkeyPatch, differs: dict[str, Any], words: list[str]
+    ) -> None:
+        self.known(monkeypatch, **differs)
+        assert nox_accounts.user_plan(self.ONE, None) == [["usermod", *words, "noxious"]]
+
+    def test_numbers_are_changed_where_files_have_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known(monkeypatch)
+        assert nox_accounts.group_plan("noxious", 55) == [["groupmod", "--gid", "55", "noxious"]]
+        assert nox_accounts.user_plan(self.ONE, 56) == [["usermod", "--uid", "56", "noxious"]]
 
 
 class TestFirewall:
