@@ -117,8 +117,9 @@ def mypy() -> None:
     for script in ("roles/nox_tools/files/nox-debug", "container/start", "container/health"):
         run("mypy", script)
     run("mypy", "roles/nox_tools/files/nox-monitor")
-    modules = sorted([*(ROOT / "plugins/modules").glob("*.py"), *(ROOT / "plugins/callback").glob("*.py")])
-    run("mypy", "--config-file", ROOT / "pyproject.toml", *modules, cwd=ROOT / ".collections")
+    for kinds in (("modules", "callback"), ("action", "plugin_utils")):  # a module and its action plugin have one name
+        plugins = sorted(path for kind in kinds for path in (ROOT / "plugins" / kind).glob("*.py"))
+        run("mypy", "--config-file", ROOT / "pyproject.toml", *plugins, cwd=ROOT / ".collections")
 
 
 def mypy_app() -> None:

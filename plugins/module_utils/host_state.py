@@ -49,6 +49,7 @@ ROOT = Path("/opt/nox")
 CONFIG = Path("/etc/default/nox-api")
 LOG_DIR = Path("/var/log/nox-api")
 MANIFEST = ROOT / "manifest.json"
+RECORD = "/var/lib/nox/state.json"
 UNIT_DIR = "/etc/systemd/system"
 RUNNER_SOCKET = "/run/nox-runner.sock"
 CADDY_ADMIN = "/var/lib/caddy/admin.sock"
@@ -56,14 +57,17 @@ CADDYFILE = "/etc/caddy/Caddyfile"
 NOX_UNITS = ("nox-runner.socket", "nox-runner.service", "nox-api.service")
 ACCOUNTS = ("nox-api", "nox")
 
-# This file and what it imports, as role nox_tools installs them for nox-debug.
+# This file, host_status and what they import, as role nox_tools installs them: for nox-debug, and so that they needn't be sent
+# each time (plugins/plugin_utils/on_host.py).
 PACKAGE = (
     "__init__",
     "brought",
     "digests",
     "host_files",
     "host_state",
+    "host_status",
     "kernel_settings",
+    "local_api",
     "release_files",
     "settings_file",
 )
@@ -875,9 +879,28 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
     return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
 
 
-def about(record: Record) -> Record:
-    """What is recorded of the playbook's own knowledge, without what only the check itself reads."""
-    return {key: value for key, value in record.get("about", {}).items() if key != "patterns"}
+def answer(path: str) -> dict[str, Any]:
+    """What nox_state returns when it only looks."""
+    return answer_of(*look(Path(path)))
+
+
+def answer_of(verdict: str, findings: list[Finding], record: Record) -> dict[str, Any]:
+    """What nox_state returns of look()."""
+    return {
+        "verdict": verdict,
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "owners": owners_of(findings),
+        "down": down_units(findings),
+        "set_right": right_paths(findings),
+        # together: the socket's file descriptor and the front's connection belong to each other
+        "stale": list(NOX_UNITS) if stale_units(findings, "nox_service") else [],
+        "stale_proxy": stale_units(findings, "nox_proxy"),
+        "in_the_way": in_the_way(findings, record),
+        "about": {key: value for key, value in record.get("about", {}).items() if key != "patterns"},
+        "ids": {
+            name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()
+        },
+    }
 
 
 def light(findings: list[Finding], role: str) -> bool:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ansible_collections.nox.platform.plugins.module_utils.settings_file import parse_settings
+from .settings_file import parse_settings
 
 CONFIG = Path("/etc/default/nox-api")
 

@@ -104,13 +104,16 @@ aside:
   description: What was moved, and where to.
   returned: when state is cleared
   type: list
+sent:
+  description: Whether the check was sent to the host. It isn't where role nox_tools has left the very same one.
+  returned: always
+  type: bool
 seconds:
   description: How long the check took on the host.
   returned: always
   type: float
 """
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -122,14 +125,13 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": ["checked", "cleared", "recorded"], "default": "checked"},
-            "record": {"type": "path", "default": "/var/lib/nox/state.json"},
+            "record": {"type": "path", "default": host_state.RECORD},
             "aside": {"type": "path", "default": "/var/lib/nox/aside"},
             "about": {"type": "dict", "default": {}},
             "role": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
     )
-    begun = time.monotonic()
     path, state = Path(module.params["record"]), module.params["state"]
     changed, extra = False, {}
     if state == "recorded":
@@ -141,26 +143,14 @@ def main() -> None:
         changed = new != old
         if not module.check_mode and new:
             changed = host_state.write_record(path, new)
-    verdict, findings, record = host_state.look(path)
+    begun = time.monotonic()
+    found = host_state.look(path)
     if state == "cleared":
+        _, findings, record = found
         changed = host_state.in_the_way(findings, record)
         extra["aside"] = [] if module.check_mode else host_state.clear(findings, record, Path(module.params["aside"]))
-    module.exit_json(
-        changed=changed,
-        verdict=verdict,
-        findings=[dataclasses.asdict(finding) for finding in findings],
-        owners=host_state.owners_of(findings),
-        down=host_state.down_units(findings),
-        set_right=host_state.right_paths(findings),
-        # together: the socket's file descriptor and the front's connection belong to each other
-        stale=list(host_state.NOX_UNITS) if host_state.stale_units(findings, "nox_service") else [],
-        stale_proxy=host_state.stale_units(findings, "nox_proxy"),
-        in_the_way=host_state.in_the_way(findings, record),
-        about=host_state.about(record),
-        ids={name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()},
-        seconds=round(time.monotonic() - begun, 3),
-        **extra,
-    )
+    seconds = round(time.monotonic() - begun, 3)
+    module.exit_json(changed=changed, sent=True, seconds=seconds, **host_state.answer_of(*found), **extra)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ FILES = [
     "/usr/local/share/nox",
     "/var/lib/nox",
     "/var/lib/nox-acme",
+    "/run/nox-host-state",
+    "/run/nox-packages.json",
 ]
 # What packages leave behind when they are purged: their programs made it, not their package. With the account.
 LEFT_BY_PACKAGES = {

@@ -285,9 +285,9 @@ def test_lost_settings_come_back_where_they_are_usable(tmp_path: Path) -> None:
     assert nox_settings.recovered({"state": "/nowhere", "token": "/nowhere"}, patterns) == {}
 
 
-def test_the_package_on_the_host_is_all_that_the_check_imports() -> None:
+def test_the_package_on_the_host_is_all_that_check_and_status_import() -> None:
     """Role nox_tools installs it, the check itself compares it; the standard library has the rest."""
-    utils, found, waiting = ROOT / "plugins/module_utils", {"__init__"}, ["host_state"]
+    utils, found, waiting = ROOT / "plugins/module_utils", {"__init__"}, ["host_state", "host_status"]
     while waiting:
         name = waiting.pop()
         found.add(name)

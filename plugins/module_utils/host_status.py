@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fleet's table shows of one host: release, health, certificate, counters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from . import host_state
+from .local_api import CONFIG, Unanswered, call
+
+ROOT = Path("/opt/nox")
+STATE = Path(host_state.RECORD)
+UNITS = ("nox-api.service", "nox-runner.service")
+SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ([0-9.e+-]+)$")
+# What the table of requests leaves out: a health check's latency says nothing about clients.
+OWN_ROUTES = ('route="/health"', 'route="/metrics"')
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def releases() -> dict[str, Any]:
+    """The current release and what the manifest says of it."""
+    try:
+        current = Path(os.readlink(ROOT / "current")).name
+    except OSError:
+        current = ""
+    entries = read_json(ROOT / "manifest.json")
+    entries = entries if isinstance(entries, list) else []
+    mine: dict[str, Any] = next((one for one in reversed(entries) if one.get("release") == current), {})
+    healthy = next((one["release"] for one in reversed(entries) if one.get("healthy") and not one.get("failed")), "")
+    return {
+        "release": current,
+        "version": current.rpartition("-")[0],
+        "release_since": mine.get("since", ""),
+        "last_healthy": healthy,
+        # whether it passed its tests since it was switched to
+        "proven": bool(entries) and entries[-1] == mine and bool(mine.get("healthy")) and not mine.get("failed"),
+    }
+
+
+def units() -> dict[str, dict[str, str]]:
+    """Unit → its ActiveState, NRestarts and so on."""
+    names = ["Id", "ActiveState", "SubState", "NRestarts", "LoadState"]
+    ran = subprocess.run(
+        ["systemctl", "show", f"--property={','.join(names)}", *UNITS], capture_output=True, text=True, check=False
+    )
+    found = {}
+    for block in ran.stdout.strip().split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if "Id" in values:
+            found[values["Id"]] = values
+    return found
+
+
+def counters(text: str) -> dict[str, float]:
+    """Requests of clients, those answered with 5xx (a refused 503 included), and the seconds they took together."""
+    found = {"requests": 0.0, "server_errors": 0.0, "request_seconds": 0.0}
+    for line in text.splitlines():
+        match = SAMPLE.match(line)
+        if not match or any(route in (match[2] or "") for route in OWN_ROUTES):
+            continue
+        if match[1] == "nox_http_requests_total":
+            found["requests"] += float(match[3])
+            if 'status="5' in match[2]:
+                found["server_errors"] += float(match[3])
+        elif match[1] == "nox_http_request_duration_seconds_sum":
+            found["request_seconds"] += float(match[3])
+    return found
+
+
+def certificate_days(url: str) -> float | None:
+    """Days until the certificate that is really served ends; None where none is served."""
+    name = re.sub(r"^https?://|[\[\]]|/.*$", "", url)
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # only its end is asked for; whether clients trust it, the smoke tests ask
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", 443), 5) as plain,
+            context.wrap_socket(plain, server_hostname=name or "localhost") as wrapped,
+        ):
+            served = wrapped.getpeercert(binary_form=True) or b""
+    except OSError:
+        return None
+    ran = subprocess.run(
+        ["openssl", "x509", "-inform", "DER", "-noout", "-enddate"], input=served, capture_output=True, check=False
+    )
+    try:
+        end = ssl.cert_time_to_seconds(ran.stdout.decode().strip().partition("=")[2])
+    except ValueError:
+        return None
+    return round((end - time.time()) / 86400, 2)
+
+
+def median_run(count: int) -> float | None:
+    """Milliseconds of the median of some runs that do nothing; None where one doesn't go well."""
+    times = []
+    for _ in range(count):
+        begun = time.monotonic()
+        status, answer = call("POST", "/run_py", {"code": "pass"}, seconds=60.0)
+        if status != 200 or json.loads(answer).get("status") != "ok":
+            return None
+        times.append((time.monotonic() - begun) * 1000)
+    return round(sorted(times)[len(times) // 2], 1) if times else None
+
+
+def look(probe: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"installed": CONFIG.exists() and (ROOT / "current").is_symlink(), **releases()}
+    record = read_json(STATE)
+    states = units()
+    problems = [
+        f"{name} is {values.get('ActiveState')} ({values.get('SubState')})"
+        for name, values in states.items()
+        if values.get("ActiveState") != "active"
+    ]
+    found["restarts"] = {name: int(values.get("NRestarts") or 0) for name, values in states.items()}
+    found.update(counters(""))
+    found["probe_ms"] = None
+    try:
+        status, answer = call("GET", "/health")
+        health = json.loads(answer)
+        if status != 200 or health.get("status") != "ok":
+            problems.append(f"/health says {status} {health.get('status') or health.get('detail', '')}".strip())
+        # what answers, which isn't what the link points to before a restart
+        found["version"] = health.get("version") or found["version"]
+        status, answer = call("GET", "/metrics")
+        if status == 200:
+            found.update(counters(answer.decode(errors="replace")))
+        found["probe_ms"] = median_run(probe)
+        if probe and found["probe_ms"] is None:
+            problems.append("a program that does nothing doesn't end well")
+    except (Unanswered, ValueError) as error:
+        problems.append(f"the API doesn't answer: {error}")
+    if not found["installed"]:
+        problems = ["Nox is not installed"]
+    found["healthy"], found["problem"] = not problems, "; ".join(problems)
+    found["last_run"] = moment(STATE.stat().st_mtime) if STATE.exists() else ""
+    found["token_age_days"] = round((time.time() - CONFIG.stat().st_mtime) / 86400, 2) if CONFIG.exists() else None
+    about = record.get("about", {}) if isinstance(record, dict) else {}
+    proxied = found["installed"] and about.get("proxy", "none") != "none"
+    found["certificate_days"] = certificate_days(about.get("url", "")) if proxied else None
+    return found
+
+
+def answer(probe: int) -> dict[str, Any]:
+    """What nox_status returns, what nox_state does among it."""
+    status = look(probe)
+    return {"status": status, **host_state.answer(host_state.RECORD)}
