@@ -189,6 +189,21 @@ def test_drift_tells_hosts_apart_by_its_exit_status(host: Any, site: Site) -> No
     BROKEN.clear()
 
 
+@pytest.mark.parametrize("how", ["echo '# edited' >> {}", "rm {}", "truncate -s 0 {}"])
+def test_the_hosts_own_check_is_asked_only_where_it_is_the_same(host: Any, site: Site, how: str) -> None:
+    """An altered copy would say what it likes: drift and repair send theirs then."""
+    path = "/usr/local/share/nox/host_state/host_state.py"
+    clean = site.drift("-v")
+    assert clean.report["state"] == "clean" and "sent: false" in clean.output
+    host.check_output(how.format(path))
+    found = site.drift("-v")
+    assert "sent: true" in found.output and {what.partition(" ")[2] for what in found.findings} == {path}
+    assert site.repair().report["state"] == "mended"
+    again = site.drift("-v")
+    assert again.report["state"] == "clean" and "sent: false" in again.output
+    BROKEN.clear()
+
+
 def test_a_full_disk_is_said_and_the_rest_is_mended(host: Any, site: Site) -> None:
     """The logs on a disk of their own that is full: only somebody who knows what they need may delete there."""
     host.check_output(
