@@ -36,6 +36,7 @@ _TOOLS = {
     "ssh-keygen": "openssh-client",
 }
 _POLL = 0.05  # seconds between two looks at a host that is coming or going
+_KILL_BOUND = 60  # seconds until a killed host is gone: fifty at once take their memory apart on two cores
 # Of hosts that don't come up: how many console logs are shown, how many lines, and what of them
 # would garble a terminal.
 _CONSOLES = 3
@@ -359,7 +360,7 @@ def _kill(host: Host) -> None:
     if process.running(host):
         process.ask_to_stop(host)
         process.kill_group(group)
-        if not _wait(lambda: not process.running(host), 10):
+        if not _wait(lambda: not process.running(host), _KILL_BOUND):
             raise LabError(f"the host {host.name} can't be killed; its processes are in {group}")
     process.remove_group(group)
     _kind(host.kind).clean(host)

@@ -283,7 +283,8 @@ def main() -> int:
     for name in options.part or PARTS:
         found = measure[name](options)
         found["machine"] = machine()
-        found["command"] = shlex.join(["python", "-m", "tests.bench.repair", *sys.argv[1:]])
+        words = ["python", "-m", "tests.bench.repair", *sys.argv[1:]]
+        found["command"] = shlex.join(words).replace(str(options.inventory), "DIR")
         figures[f"clean {found['hosts']}" if name == "clean" else name] = found
         JSON.write_text(json.dumps(figures, indent=1) + "\n")
     text = table(figures)
