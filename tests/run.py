@@ -368,8 +368,7 @@ def run_all(steps: list[Step], jobs: int) -> dict[str, tuple[str, float, str]]:
             outcomes[step.name] = attempt(step, None)
         return outcomes
     logs = ROOT / ".run/logs"
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
+    logs.mkdir(parents=True, exist_ok=True)  # what others have there may be of a run that is on its way
     outcomes = {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         # the long ones first, so that no lane is left with one of them at the end
