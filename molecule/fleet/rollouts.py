@@ -28,7 +28,8 @@ HOSTS = [name for name in NAMES if not name.startswith("edge")]
 BAD, LOST = HOSTS[-2:]
 STATE = INVENTORY / ".state"  # hidden: Ansible reads every other file of an inventory's directory
 BUNDLES = INVENTORY / ".bundles"
-ENVIRONMENT = {**os.environ, "NOX_STATE_DIR": str(STATE), "COLUMNS": "200"}
+PLAIN = {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}  # Molecule has colours, wherever they go
+ENVIRONMENT = {**os.environ, **PLAIN, "NOX_STATE_DIR": str(STATE), "COLUMNS": "200"}
 
 # Version → file of the service → what is added at its end.
 STARTED = 'import sys\nif "--version" not in sys.argv:\n    '

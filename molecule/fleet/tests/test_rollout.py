@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rollouts import (
     BAD,
+    ENVIRONMENT,
     HOSTS,
     INVENTORY,
     LOST,
@@ -45,7 +46,7 @@ def test_all_are_healthy_before() -> None:
 
 def test_the_edge_installed_again_changes_nothing() -> None:
     words = ["ansible-playbook", "-i", str(INVENTORY), "playbooks/edge.yml"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"edge1 +: ok=\d+ +changed=0 ", done.stdout), done.stdout
 
 
