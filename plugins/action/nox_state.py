@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ansible.plugins.action import ActionBase
@@ -18,14 +17,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         """The check's answer."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         if self._task.args in ({}, {"state": "checked"}):
-            begun = time.monotonic()
             found = ask(self, task_vars, "host_state", RECORD)
             if found:
-                return {
-                    **result,
-                    **found,
-                    "changed": False,
-                    "sent": False,
-                    "seconds": round(time.monotonic() - begun, 3),
-                }
+                return {**result, **found, "changed": False, "sent": False}
         return {**result, **self._execute_module(task_vars=task_vars)}

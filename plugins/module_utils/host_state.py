@@ -144,7 +144,7 @@ HARDENED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "/etc/systemd/system/nox-mounts.service": ((), ("nox-mounts.service",)),
 }
 UNIT_PROPERTIES = (
-    "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,InactiveEnterTimestampMonotonic"
+    "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,NRestarts,InactiveEnterTimestampMonotonic"
 )
 LEAST_FREE = 0.03  # of a file system's space or inodes: below this runs and uploads begin to fail
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL of include/uapi/linux/fs.h
@@ -881,7 +881,9 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
 
 def answer(path: str) -> dict[str, Any]:
     """What nox_state returns when it only looks."""
-    return answer_of(*look(Path(path)))
+    begun = time.monotonic()
+    found = answer_of(*look(Path(path)))
+    return {**found, "seconds": round(time.monotonic() - begun, 3)}
 
 
 def answer_of(verdict: str, findings: list[Finding], record: Record) -> dict[str, Any]:

@@ -15,34 +15,21 @@ from typing import Any
 
 from . import host_state
 from .local_api import CONFIG, Unanswered, call
+from .release_files import read_manifest
 
-ROOT = Path("/opt/nox")
-STATE = Path(host_state.RECORD)
 UNITS = ("nox-api.service", "nox-runner.service")
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? ([0-9.e+-]+)$")
 # What the table of requests leaves out: a health check's latency says nothing about clients.
 OWN_ROUTES = ('route="/health"', 'route="/metrics"')
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
 def releases() -> dict[str, Any]:
     """The current release and what the manifest says of it."""
     try:
-        current = Path(os.readlink(ROOT / "current")).name
+        current = Path(os.readlink(host_state.ROOT / "current")).name
     except OSError:
         current = ""
-    entries = read_json(ROOT / "manifest.json")
-    entries = entries if isinstance(entries, list) else []
+    entries = read_manifest(host_state.MANIFEST)
     mine: dict[str, Any] = next((one for one in reversed(entries) if one.get("release") == current), {})
     healthy = next((one["release"] for one in reversed(entries) if one.get("healthy") and not one.get("failed")), "")
     return {
@@ -53,20 +40,6 @@ def releases() -> dict[str, Any]:
         # whether it passed its tests since it was switched to
         "proven": bool(entries) and entries[-1] == mine and bool(mine.get("healthy")) and not mine.get("failed"),
     }
-
-
-def units() -> dict[str, dict[str, str]]:
-    """Unit → its ActiveState, NRestarts and so on."""
-    names = ["Id", "ActiveState", "SubState", "NRestarts", "LoadState"]
-    ran = subprocess.run(
-        ["systemctl", "show", f"--property={','.join(names)}", *UNITS], capture_output=True, text=True, check=False
-    )
-    found = {}
-    for block in ran.stdout.strip().split("\n\n"):
-        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-        if "Id" in values:
-            found[values["Id"]] = values
-    return found
 
 
 def counters(text: str) -> dict[str, float]:
@@ -121,10 +94,10 @@ def median_run(count: int) -> float | None:
     return round(sorted(times)[len(times) // 2], 1) if times else None
 
 
-def look(probe: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"installed": CONFIG.exists() and (ROOT / "current").is_symlink(), **releases()}
-    record = read_json(STATE)
-    states = units()
+def look(probe: int, about: dict[str, Any]) -> dict[str, Any]:
+    """What nox_status says of the host itself; `about` as it is recorded."""
+    found: dict[str, Any] = {"installed": CONFIG.exists() and (host_state.ROOT / "current").is_symlink(), **releases()}
+    states = host_state.show_units(list(UNITS))
     problems = [
         f"{name} is {values.get('ActiveState')} ({values.get('SubState')})"
         for name, values in states.items()
@@ -151,9 +124,9 @@ def look(probe: int) -> dict[str, Any]:
     if not found["installed"]:
         problems = ["Nox is not installed"]
     found["healthy"], found["problem"] = not problems, "; ".join(problems)
-    found["last_run"] = moment(STATE.stat().st_mtime) if STATE.exists() else ""
+    written = host_state.modified(host_state.RECORD)
+    found["last_run"] = host_state.text_of(written) if written else ""
     found["token_age_days"] = round((time.time() - CONFIG.stat().st_mtime) / 86400, 2) if CONFIG.exists() else None
-    about = record.get("about", {}) if isinstance(record, dict) else {}
     proxied = found["installed"] and about.get("proxy", "none") != "none"
     found["certificate_days"] = certificate_days(about.get("url", "")) if proxied else None
     return found
@@ -161,5 +134,5 @@ def look(probe: int) -> dict[str, Any]:
 
 def answer(probe: int) -> dict[str, Any]:
     """What nox_status returns, what nox_state does among it."""
-    status = look(probe)
-    return {"status": status, **host_state.answer(host_state.RECORD)}
+    compared = host_state.answer(host_state.RECORD)
+    return {**compared, "status": look(probe, compared["about"])}
