@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,17 +76,48 @@ output = _Output()
 one_at_a_time = threading.Lock()  # for what two steps would both install
 
 
-def status_of(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> int:
+running: set[subprocess.Popen[bytes]] = set()
+ended = threading.Event()  # by Ctrl-C or a kill: nothing begins any more but what takes hosts down
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C would, so that it clears up; all of its session, which it leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+
+
+def end_all(*_: object) -> None:
+    ended.set()
+    for process in list(running):
+        end(process)
+
+
+def status_of(
+    *words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None, in_any_case: bool = False
+) -> int:
     command = [str(word) for word in words]
     print(f"$ {' '.join(command)}", file=output.file, flush=True)
     merged = {**ENVIRONMENT, **(environment or {})}
-    return subprocess.run(
-        command, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, stdout=output.file, stderr=subprocess.STDOUT
-    ).returncode
+    if ended.is_set() and not in_any_case:
+        raise Failed("ended before it began")
+    process = subprocess.Popen(
+        command, cwd=cwd, env=merged, stdin=subprocess.DEVNULL, stdout=output.file, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    if not in_any_case:
+        running.add(process)
+        if ended.is_set():  # meanwhile
+            end(process)
+    try:
+        return process.wait()
+    finally:
+        running.discard(process)
 
 
-def run(*words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> None:
-    status = status_of(*words, cwd=cwd, environment=environment)
+def run(
+    *words: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None, in_any_case: bool = False
+) -> None:
+    status = status_of(*words, cwd=cwd, environment=environment, in_any_case=in_any_case)
     if status != 0:
         raise Failed(f"status {status}: {' '.join(map(str, words))}")
 
@@ -272,7 +304,7 @@ def molecule(scenario: str, **environment: str) -> Callable[[], None]:
             run("molecule", "test", "--scenario-name", scenario, environment=environment)
         finally:
             # a scenario that died half-way has not destroyed its hosts
-            run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}")
+            run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}", in_any_case=True)
 
     return step
 
@@ -399,6 +431,8 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"{step.group:15} {step.name}" for step in STEPS))
         return 0
     chosen = wanted.groups or [group for group in groups if group not in ON_REQUEST]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_all)
     outcomes = run_all([step for step in STEPS if step.group in chosen], max(1, wanted.jobs))
     for step in STEPS:
         if step.group in ON_REQUEST and not wanted.groups:
