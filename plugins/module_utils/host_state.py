@@ -11,6 +11,7 @@ import array
 import dataclasses
 import fcntl
 import grp
+import hashlib
 import json
 import os
 import pwd
@@ -704,11 +705,18 @@ def sandbox_path(record: Record) -> str:
 
 
 def read_record(path: Path) -> Record:
+    """The record as it was written; empty where there is none, or one that was cut, or changed by other hands."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        written = record.pop("digest", "")
+        whole = record["version"] == VERSION and written == digest_of_record(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-    return record if isinstance(record, dict) and record.get("version") == VERSION else {}
+    return record if whole else {}
+
+
+def digest_of_record(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def make_record(about: dict[str, Any]) -> Record:
@@ -874,7 +882,7 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
         return ("drifted" if findings else "clean"), findings, record
     if not traces():
         return "absent", [], {}
-    why = "not readable" if path.exists() else "nothing"
+    why = "not as it was written" if path.exists() else "nothing"
     missing = Finding("record.missing", "all", str(path), "a record of a finished install", why)
     return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
 
@@ -1019,7 +1027,7 @@ def clear(findings: list[Finding], record: Record, aside: Path) -> list[dict[str
 
 def write_record(path: Path, record: Record) -> bool:
     """Through a private temporary file and a rename; False when it says the same already."""
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({**record, "digest": digest_of_record(record)}, indent=1, sort_keys=True) + "\n"
     status = describe(str(path), False)
     private = (status.get("owner"), status.get("mode")) == ("root:root", "0600")
     if read_text(str(path)) == text and private and modified(str(path)) <= time.time():

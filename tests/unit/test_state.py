@@ -244,9 +244,14 @@ def test_the_clock_behind_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_record_of_another_shape_is_none(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    for text in ("", "[]", '{"version": 0}', "{"):
+    for text in ("", "[]", '{"version": 0}', "{", '{"version": 1}', '{"version": 1, "digest": []}'):
         path.write_text(text)
         assert host_state.read_record(path) == {}
+    record = {"version": host_state.VERSION, "paths": {"/a": {"role": "nox_service"}}}
+    host_state.write_record(path, record)
+    assert host_state.read_record(path) == record
+    path.write_text(path.read_text().replace("nox_service", "nox_tools"))
+    assert host_state.read_record(path) == {}
 
 
 def test_the_record_is_private_and_written_once(tmp_path: Path) -> None:

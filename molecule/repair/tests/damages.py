@@ -208,6 +208,7 @@ DAMAGES = [
     ),
     Damage("record readable by all", "chmod 644 {record}", ("record.mode {record}",)),
     Damage("record deleted", "rm {record}", ("record.missing {record}",)),
+    Damage("record edited", """sed -i 's/"role": /"rule": /' {record}""", ("record.missing {record}",)),
     Damage(
         "record deleted, another configuration loaded",
         f"rm {{record}}; {OTHER_CONFIGURATION}",
