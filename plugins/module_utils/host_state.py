@@ -28,7 +28,7 @@ from typing import Any
 
 from . import host_files, kernel_settings
 from .digests import digest_of_file
-from .release_files import changed_files, foreign_writer, read_manifest, release_problem
+from .release_files import changed_files, read_manifest, read_release, release_problem
 from .settings_file import LINE, parse_settings, token_state
 
 VERSION = 1  # of the record's shape; another one counts as no record
@@ -402,14 +402,13 @@ def compare_release(recorded: str) -> Findings:
     if not directory.is_dir():
         yield Finding("release.missing", role, recorded, "unpacked", "nothing")
         return
-    problem = release_problem(directory)
-    loose = "" if problem else foreign_writer(directory)
+    problem, loose = release_problem(directory)
     if problem:
         yield Finding("release.damaged", role, recorded, "as its list says", problem)
     elif loose:
         yield Finding("release.writable", role, recorded, "root alone may change it", loose)
     else:
-        about = json.loads((directory / "RELEASE.json").read_text(encoding="utf-8"))
+        about = read_release(directory)
         python = (current / "venv/bin/python3").resolve()
         if current.exists() and (not os.access(python, os.X_OK) or python.name != f"python{about['python']}"):
             yield Finding("release.python", role, recorded, f"Python {about['python']}", f"{python} is none")

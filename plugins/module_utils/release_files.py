@@ -1,48 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An unpacked release against the list it brings along."""
+"""An unpacked release against the list it brings along, and the one that was made when it was unpacked."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .digests import digest_of_file
 
+BROUGHT, MADE = "RELEASE.json", "UNPACKED.json"
+# pip is no part of the service: it isn't compiled here, and may be by whoever calls it
+OWN_CACHE = re.compile(r"site-packages/pip/(.*/)?__pycache__/[^/]+\.pyc$")
 
-def differing(directory: Path) -> Iterator[str]:
-    """Every file and link of an unpacked release that isn't as its own list says. Raises OSError, ValueError or
-    KeyError when there is no such list."""
-    files = json.loads((directory / "RELEASE.json").read_text(encoding="utf-8"))["files"]
-    for name, wanted in files.items():
-        path = directory / name
+
+class Unlisted(Exception):
+    """A release whose lists are missing, unreadable, or not as they were."""
+
+
+def read_release(directory: Path) -> dict[str, Any]:
+    """What a release says of itself. Raises Unlisted."""
+    try:
+        release: dict[str, Any] = json.loads((directory / BROUGHT).read_bytes())
+        if all(isinstance(wanted, str) for wanted in release["files"].values()):
+            return {**release, "python": str(release["python"]), "arch": str(release["arch"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise Unlisted(f"{BROUGHT} is missing or unreadable")
+
+
+def entries(directory: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """The directory as "." and everything below, as (relative name, status): three thousand of them, so no Path is made of any."""
+    yield ".", directory.lstat()
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        with os.scandir(os.path.join(directory, place)) as found:  # noqa: PTH118
+            for entry in found:
+                name = f"{place}/{entry.name}" if place else entry.name
+                yield name, entry.stat(follow_symlinks=False)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(name)
+
+
+def unlike(directory: Path, brought: dict[str, str]) -> Iterator[str]:
+    """Every file and link that isn't as the release's own list says."""
+    for name, wanted in brought.items():
+        path = f"{directory}/{name}"
         try:
-            if wanted.startswith("-> "):
-                good = path.is_symlink() and f"-> {os.readlink(path)}" == wanted
-            else:
-                good = digest_of_file(path) == wanted
+            found = f"-> {os.readlink(path)}" if wanted.startswith("-> ") else digest_of_file(path)
         except OSError:
-            good = False
-        if not good:
+            found = ""
+        if found != wanted:
             yield name
 
 
-def release_problem(directory: Path) -> str:
-    """What is wrong with an unpacked release, "" if nothing."""
+def compiled(directory: Path, brought: dict[str, str]) -> dict[str, list[int]]:
+    """Name → size and time of last change, in nanoseconds, of the files that came to be here: compiled Python."""
+    return {
+        name: [status.st_size, status.st_mtime_ns]
+        for name, status in entries(directory)
+        if name.endswith(".pyc") and name not in brought and not OWN_CACHE.search(name)
+    }
+
+
+def write_made(directory: Path) -> None:
+    """The list of what was compiled when it was unpacked. Raises Unlisted."""
+    brought = read_release(directory)["files"]
+    made = {BROUGHT: digest_of_file(directory / BROUGHT), "compiled": compiled(directory, brought)}
+    (directory / MADE).write_text(json.dumps(made) + "\n", encoding="utf-8")
+
+
+def differing(directory: Path, there: list[tuple[str, os.stat_result]]) -> Iterator[str]:
+    """Every file of the entries that are there which isn't as the two lists say: missing, changed, or in neither. Raises Unlisted.
+
+    What was compiled is compared by size and time: a digest of each would double what the whole check takes.
+    """
+    brought = read_release(directory)["files"]
     try:
-        name = next(differing(directory), "")
-    except (OSError, ValueError, KeyError):
-        return "RELEASE.json is missing or unreadable"
-    return f"{name} is missing or changed" if name else ""
+        made = json.loads((directory / MADE).read_bytes())
+        wanted = dict(made["compiled"])
+        whole = made[BROUGHT] == digest_of_file(directory / BROUGHT)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Unlisted(f"{MADE} is missing or unreadable") from error
+    if not whole:
+        yield BROUGHT
+    yield from unlike(directory, brought)
+    for name, status in there:
+        if name in brought or stat.S_ISDIR(status.st_mode) or name in (BROUGHT, MADE):
+            continue
+        if wanted.pop(name, None) != [status.st_size, status.st_mtime_ns] and not OWN_CACHE.search(name):
+            yield name
+    yield from wanted
+
+
+def release_problem(directory: Path) -> tuple[str, str]:
+    """What is wrong with an unpacked release, and what of it others than root may change; "" for nothing."""
+    there = list(entries(directory))
+    try:
+        name = next(differing(directory, there), "")
+    except Unlisted as problem:
+        return str(problem), ""
+    return (f"{name} is missing, changed or not of the release", "") if name else ("", foreign_writer(there))
 
 
 def changed_files(directory: Path) -> list[Path]:
-    """The files of a release that are there with another content: somebody's work."""
+    """The files of a release that are there with another content, or come from elsewhere: somebody's work."""
     try:
-        return [directory / name for name in differing(directory) if (directory / name).is_file()]
-    except (OSError, ValueError, KeyError):
+        return [
+            directory / name for name in differing(directory, list(entries(directory))) if (directory / name).is_file()
+        ]
+    except Unlisted:
         return []
 
 
@@ -60,13 +132,10 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def foreign_writer(directory: Path) -> str:
-    """The first file of a release that others than its owner (root, on a host) may change; "" if there is none."""
+def foreign_writer(there: list[tuple[str, os.stat_result]]) -> str:
+    """The first of the entries that others than this user (root, on a host) may change; "" if there is none."""
     me = os.geteuid()
-    for place, directories, files in os.walk(directory):
-        for name in ["", *directories, *files]:
-            path = os.path.join(place, name)  # noqa: PTH118  three thousand of them: a third of pathlib's time
-            status = os.lstat(path)
-            if status.st_uid != me or (status.st_mode & 0o022 and not os.path.islink(path)):  # noqa: PTH114
-                return os.path.relpath(path, directory)
+    for name, status in there:
+        if status.st_uid != me or (status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)):
+            return name
     return ""

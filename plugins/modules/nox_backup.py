@@ -64,6 +64,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
+from ansible_collections.nox.platform.plugins.module_utils.release_files import Unlisted, read_release
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import (
     parse_settings,
     token_state,
@@ -123,7 +124,10 @@ def make(module: AnsibleModule, path: Path) -> tuple[dict[str, Any], list[str]]:
             # tar writes to what root opened for it: the user can't open files here
             skipped += tar(module, ["sh", "-c", 'out=$1; shift; exec "$@" > "$out"', "sh", str(part), *words])
             sources[name] = part
-        about = json.loads((ROOT / "current/RELEASE.json").read_text(encoding="utf-8"))
+        try:
+            about = read_release(ROOT / "current")
+        except Unlisted as problem:
+            module.fail_json(msg=f"{ROOT}/current: {problem}. Mend it first: playbooks/repair.yml")
         manifest = {
             "format": FORMAT,
             "host": platform.node(),

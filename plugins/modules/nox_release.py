@@ -90,10 +90,13 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.module_utils.release_files import (
-    foreign_writer,
+    Unlisted,
     read_manifest,
+    read_release,
     release_problem,
+    unlike,
     whole_manifest,
+    write_made,
 )
 
 
@@ -120,22 +123,24 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
                     module.fail_json(msg=f"{archive}: refuses to unpack {member.name!r}")
                 tar.extract(member, scratch)  # at once: a second pass would decompress all of it again
         try:
-            python = json.loads((scratch / "RELEASE.json").read_text(encoding="utf-8"))["python"]
-        except (OSError, ValueError, LookupError):
-            module.fail_json(msg=f"{archive}: {release_problem(scratch)}")
+            release = read_release(scratch)
+        except Unlisted as problem:
+            module.fail_json(msg=f"{archive}: {problem}")
+        python = release["python"]
         packages = scratch / f"venv/lib/python{python}/site-packages"
         with ThreadPoolExecutor() as beside:  # what is compiled lies beside what is compared
-            whole = beside.submit(release_problem, scratch)
+            wrong = beside.submit(lambda: next(unlike(scratch, release["files"]), ""))
             # Compiled here, once: the services can't write below /opt, and would compile at every start.
             rc, _, err = module.run_command(
                 [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
                 + ["-x", r"/site-packages/pip/", "--invalidation-mode", "unchecked-hash"]  # no service imports pip
                 + ["-s", str(scratch), "-p", str(directory), str(packages)]
             )
-        if whole.result():
-            module.fail_json(msg=f"{archive}: {whole.result()}")
+        if wrong.result():
+            module.fail_json(msg=f"{archive}: {wrong.result()} is missing or changed")
         if rc != 0:
             module.fail_json(msg=f"Python {python} on this host can't compile the release: {err.strip()[-800:]}")
+        write_made(scratch)
         try_out(module, scratch)
         if directory.exists():
             aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.broken-"))
@@ -259,9 +264,9 @@ def go_back(
     if not name:
         module.fail_json(msg=f"Can't go back: {why}.")
     directory = root / "releases" / name
-    problem = release_problem(directory)
-    if problem:
-        module.fail_json(msg=f"Can't go back to {name}: {problem}.")
+    problem, loose = release_problem(directory)
+    if problem or loose:
+        module.fail_json(msg=f"Can't go back to {name}: {problem or f'others than root may change {loose}'}.")
     python = (directory / "venv/bin/python3").resolve()
     if not os.access(python, os.X_OK):
         module.fail_json(msg=f"Can't go back to {name}: it needs {python}, which isn't there any more.")
@@ -344,8 +349,7 @@ def main() -> None:
     directory = root / "releases" / name
     problem = "absent"
     if directory.is_dir():
-        problem = release_problem(directory)
-        loose = "" if problem else foreign_writer(directory)
+        problem, loose = release_problem(directory)
         if loose:
             problem = f"others than root may change {loose}"
     if problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -9,6 +10,8 @@ from typing import Any, ClassVar
 import pytest
 from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
 from ansible_collections.nox.platform.plugins.filter.names import alt_name, url_host
+from ansible_collections.nox.platform.plugins.module_utils import release_files
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.modules import (
     nox_accounts,
     nox_apt_key,
@@ -216,9 +219,54 @@ class TestAptKey:
         assert "expired" in nox_apt_key.problem([self.PINNED], None, self.PINNED)
 
 
-def test_release_problems_are_named(tmp_path: Path) -> None:
-    assert "RELEASE.json" in nox_release.release_problem(tmp_path)
-    (tmp_path / "RELEASE.json").write_text('{"files": {"a": "-> b", "c": "00"}}')
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """An unpacked one of a link, a file, what was compiled of it, and a cache of pip's, which is nobody's."""
+    places = ("lib/__pycache__", "site-packages/pip/__pycache__")
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "c.pyc").write_text("compiled")
+    (tmp_path / "lib/c").write_text("code")
     (tmp_path / "a").symlink_to("b")
-    (tmp_path / "c").write_text("changed")
-    assert nox_release.release_problem(tmp_path) == "c is missing or changed"
+    files = {"a": "-> b", "lib/c": digest_of_file(tmp_path / "lib/c")}
+    (tmp_path / "RELEASE.json").write_text(json.dumps({"python": "3.10", "arch": "x86_64", "files": files}))
+    release_files.write_made(tmp_path)
+    assert nox_release.release_problem(tmp_path)[0] == ""
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a", "lib/c", "lib/__pycache__/c.pyc", "lib/__pycache__/new.pyc", "lib/new"])
+def test_release_problems_are_named(release: Path, name: str) -> None:
+    problem, new = f"{name} is missing, changed or not of the release", "new" in name
+    (release / name).unlink(missing_ok=True)
+    assert nox_release.release_problem(release)[0] == ("" if new else problem)
+    assert release_files.changed_files(release) == []
+    (release / name).write_text("something else")
+    assert nox_release.release_problem(release)[0] == problem
+    assert release_files.changed_files(release) == [release / name]
+
+
+def test_what_pip_compiles_is_nobodys(release: Path) -> None:
+    (release / "site-packages/pip/__pycache__/c.pyc").write_text("anew")
+    (release / "site-packages/pip/_vendor/__pycache__").mkdir(parents=True)
+    (release / "site-packages/pip/_vendor/__pycache__/x.pyc").write_text("anew")
+    assert nox_release.release_problem(release)[0] == ""
+
+
+@pytest.mark.parametrize("name", ["RELEASE.json", "UNPACKED.json"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "null", '"x"', "[{}]", '{"files": 3}', '{"python": "3.10", "arch": "a", "files": {"a": 1}}', "{"],
+)
+def test_a_list_that_says_nothing(release: Path, name: str, text: str) -> None:
+    (release / name).write_text(text)
+    assert nox_release.release_problem(release)[0] == f"{name} is missing or unreadable"
+    assert release_files.changed_files(release) == []
+
+
+def test_a_shorter_list_hides_nothing(release: Path) -> None:
+    listed = json.loads((release / "RELEASE.json").read_text())
+    (release / "lib/c").write_text("changed")
+    (release / "RELEASE.json").write_text(json.dumps({**listed, "files": {}}))
+    assert nox_release.release_problem(release)[0] == "RELEASE.json is missing, changed or not of the release"
+    assert release / "lib/c" in release_files.changed_files(release)

@@ -312,9 +312,9 @@ def test_the_package_on_the_host_is_all_that_check_and_status_import() -> None:
 
 def test_a_release_that_others_may_change(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("")
-    assert release_files.foreign_writer(tmp_path) == ""
+    assert release_files.foreign_writer(list(release_files.entries(tmp_path))) == ""
     (tmp_path / "module.py").chmod(0o666)
-    assert release_files.foreign_writer(tmp_path) == "module.py"
+    assert release_files.foreign_writer(list(release_files.entries(tmp_path))) == "module.py"
 
 
 def test_a_lost_history_of_releases_comes_back_from_the_record(tmp_path: Path) -> None:

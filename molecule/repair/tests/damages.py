@@ -127,6 +127,21 @@ DAMAGES = [
         "echo 'raise SystemExit' > $(find /opt/nox/releases/{release}/ -path '*nox_api/__main__.py')",
         ("release.damaged {release}",),
     ),
+    Damage(
+        "release's list cut",
+        "truncate -s 99 /opt/nox/releases/{release}/RELEASE.json",
+        ("release.damaged {release}",),
+    ),
+    Damage(
+        "compiled code cut short",
+        "truncate -s 99 $(find /opt/nox/releases/{release}/ -path '*nox_api/__pycache__/__main__.*')",
+        ("release.damaged {release}",),
+    ),
+    Damage(
+        "somebody else's module in the release",
+        "touch /opt/nox/releases/{release}/venv/lib/$(ls /opt/nox/releases/{release}/venv/lib)/site-packages/sitecustomize.py",
+        ("release.damaged {release}",),
+    ),
     Damage("current points nowhere", "ln -sfn releases/gone /opt/nox/current", ("path.changed /opt/nox/current",)),
     Damage("release deleted", "rm -r /opt/nox/releases/*", ("release.missing {release}",)),
     Damage(
