@@ -90,6 +90,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.module_utils.release_files import (
+    MADE,
     Unlisted,
     read_manifest,
     read_release,
@@ -123,13 +124,12 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
                     module.fail_json(msg=f"{archive}: refuses to unpack {member.name!r}")
                 tar.extract(member, scratch)  # at once: a second pass would decompress all of it again
         try:
-            release = read_release(scratch)
+            python = read_release(scratch)["python"]
         except Unlisted as problem:
             module.fail_json(msg=f"{archive}: {problem}")
-        python = release["python"]
         packages = scratch / f"venv/lib/python{python}/site-packages"
         with ThreadPoolExecutor() as beside:  # what is compiled lies beside what is compared
-            wrong = beside.submit(lambda: next(unlike(scratch, release["files"]), ""))
+            wrong = beside.submit(brought_problem, scratch)
             # Compiled here, once: the services can't write below /opt, and would compile at every start.
             rc, _, err = module.run_command(
                 [str(scratch / "venv/bin/python3"), "-I", "-m", "compileall", "-q", "-j", "0"]
@@ -137,7 +137,7 @@ def unpack(module: AnsibleModule, archive: Path, sha256: str, directory: Path) -
                 + ["-s", str(scratch), "-p", str(directory), str(packages)]
             )
         if wrong.result():
-            module.fail_json(msg=f"{archive}: {wrong.result()} is missing or changed")
+            module.fail_json(msg=f"{archive}: {wrong.result()}")
         if rc != 0:
             module.fail_json(msg=f"Python {python} on this host can't compile the release: {err.strip()[-800:]}")
         write_made(scratch)
@@ -255,6 +255,15 @@ def judge(module: AnsibleModule, root: Path, entries: list[dict[str, Any]]) -> l
     return []
 
 
+def brought_problem(directory: Path) -> str:
+    """What of the release's own list isn't there as it says; "" for nothing."""
+    try:
+        name = next(unlike(directory, read_release(directory)["files"]), "")
+    except Unlisted as problem:
+        return str(problem)
+    return f"{name} is missing or changed" if name else ""
+
+
 def go_back(
     module: AnsibleModule, root: Path, entries: list[dict[str, Any]], there: list[str]
 ) -> tuple[str, list[str]]:
@@ -265,6 +274,9 @@ def go_back(
         module.fail_json(msg=f"Can't go back: {why}.")
     directory = root / "releases" / name
     problem, loose = release_problem(directory)
+    if not (directory / MADE).exists():
+        # unpacked before such a list was made: what it brought must do, for staying with a failed one is worse
+        problem = brought_problem(directory)
     if problem or loose:
         module.fail_json(msg=f"Can't go back to {name}: {problem or f'others than root may change {loose}'}.")
     python = (directory / "venv/bin/python3").resolve()

@@ -270,3 +270,13 @@ def test_a_shorter_list_hides_nothing(release: Path) -> None:
     (release / "RELEASE.json").write_text(json.dumps({**listed, "files": {}}))
     assert nox_release.release_problem(release)[0] == "RELEASE.json is missing, changed or not of the release"
     assert release / "lib/c" in release_files.changed_files(release)
+
+
+def test_the_way_back_to_a_release_from_before_there_was_a_list_of_what_was_compiled(release: Path) -> None:
+    (release / "UNPACKED.json").unlink()
+    assert "UNPACKED.json" in nox_release.release_problem(release)[0]
+    assert nox_release.brought_problem(release) == ""
+    (release / "lib/c").write_text("changed")
+    assert nox_release.brought_problem(release) == "lib/c is missing or changed"
+    (release / "RELEASE.json").unlink()
+    assert "RELEASE.json" in nox_release.brought_problem(release)
