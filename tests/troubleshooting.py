@@ -254,7 +254,10 @@ SYMPTOMS = {
     ),
     "record.drift/differs": Symptom("rm /usr/local/bin/nox-monitor"),
     "record.drift/norecord": Symptom(f"rm {RECORD}"),
-    "record.drift/failed": Symptom(f"echo '{{\"version\": 1}}' > {RECORD}"),
+    "record.drift/failed": Symptom(  # whole, but of a kind that no version writes
+        'python3 -c \'import hashlib, json; one = {"version": 1}; text = json.dumps(one).encode(); '
+        f'print(json.dumps({{**one, "digest": hashlib.sha256(text).hexdigest()}}))\' > {RECORD}'
+    ),
     "record.drift/missing": Symptom(f"rm -r {STATE_CHECK}"),
     "record.drift/untrusted": Symptom(f"chmod 0777 {STATE_CHECK}"),
     "record.drift/broken": Symptom(f"echo '(' >> {STATE_CHECK}/host_state.py"),
