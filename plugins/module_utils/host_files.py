@@ -18,8 +18,7 @@ OURS = "managed by Ansible, role nox_harden"
 
 def recorded() -> dict[str, dict[str, Any]]:
     """Path → what was there before: `was` (its text, None for nothing), or for one line of a file `line`, `line_was`."""
-    found: dict[str, dict[str, Any]] = brought.read().get(RECORD, {})
-    return found
+    return {path: entry for path, entry in brought.read().get(RECORD, {}).items() if isinstance(entry, dict)}
 
 
 def read(path: str) -> str | None:

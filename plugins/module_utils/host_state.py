@@ -11,7 +11,6 @@ import array
 import dataclasses
 import fcntl
 import grp
-import hashlib
 import json
 import os
 import pwd
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from . import host_files, kernel_settings
-from .digests import digest_of_file
+from .digests import digest_of, digest_of_file
 from .release_files import changed_files, read_manifest, read_release, release_problem
 from .settings_file import LINE, parse_settings, token_state
 
@@ -715,7 +714,7 @@ def read_record(path: Path) -> Record:
 
 
 def digest_of_record(record: Record) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return digest_of(json.dumps(record, sort_keys=True).encode())
 
 
 def make_record(about: dict[str, Any]) -> Record:

@@ -15,7 +15,7 @@ from .digests import digest_of_file
 
 BROUGHT, MADE = "RELEASE.json", "UNPACKED.json"
 # pip is no part of the service: it isn't compiled here, and may be by whoever calls it
-OWN_CACHE = re.compile(r"site-packages/pip/(.*/)?__pycache__/[^/]+\.pyc$")
+PIP_CACHE = re.compile(r"site-packages/pip/(.*/)?__pycache__/[^/]+\.pyc$")
 
 
 class Unlisted(Exception):
@@ -39,7 +39,7 @@ def entries(directory: Path) -> Iterator[tuple[str, os.stat_result]]:
     waiting = [""]
     while waiting:
         place = waiting.pop()
-        with os.scandir(os.path.join(directory, place)) as found:  # noqa: PTH118
+        with os.scandir(f"{directory}/{place}") as found:
             for entry in found:
                 name = f"{place}/{entry.name}" if place else entry.name
                 yield name, entry.stat(follow_symlinks=False)
@@ -59,19 +59,24 @@ def unlike(directory: Path, brought: dict[str, str]) -> Iterator[str]:
             yield name
 
 
-def compiled(directory: Path, brought: dict[str, str]) -> dict[str, list[int]]:
-    """Name → size and time of last change, in nanoseconds, of the files that came to be here: compiled Python."""
-    return {
-        name: [status.st_size, status.st_mtime_ns]
-        for name, status in entries(directory)
-        if name.endswith(".pyc") and name not in brought and not OWN_CACHE.search(name)
-    }
+def brought_problem(directory: Path) -> str:
+    """What of the release's own list isn't there as it says; "" for nothing."""
+    try:
+        name = next(unlike(directory, read_release(directory)["files"]), "")
+    except Unlisted as problem:
+        return str(problem)
+    return f"{name} is missing or changed" if name else ""
 
 
 def write_made(directory: Path) -> None:
-    """The list of what was compiled when it was unpacked. Raises Unlisted."""
+    """The list of what was compiled when it was unpacked: name → size, and time of last change in nanoseconds. Raises Unlisted."""
     brought = read_release(directory)["files"]
-    made = {BROUGHT: digest_of_file(directory / BROUGHT), "compiled": compiled(directory, brought)}
+    compiled = {
+        name: [status.st_size, status.st_mtime_ns]
+        for name, status in entries(directory)
+        if name.endswith(".pyc") and name not in brought and not PIP_CACHE.search(name)
+    }
+    made = {BROUGHT: digest_of_file(directory / BROUGHT), "compiled": compiled}
     (directory / MADE).write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
@@ -93,29 +98,28 @@ def differing(directory: Path, there: list[tuple[str, os.stat_result]]) -> Itera
     for name, status in there:
         if name in brought or stat.S_ISDIR(status.st_mode) or name in (BROUGHT, MADE):
             continue
-        if wanted.pop(name, None) != [status.st_size, status.st_mtime_ns] and not OWN_CACHE.search(name):
+        if wanted.pop(name, None) != [status.st_size, status.st_mtime_ns] and not PIP_CACHE.search(name):
             yield name
     yield from wanted
 
 
 def release_problem(directory: Path) -> tuple[str, str]:
     """What is wrong with an unpacked release, and what of it others than root may change; "" for nothing."""
-    there = list(entries(directory))
     try:
+        there = list(entries(directory))
         name = next(differing(directory, there), "")
-    except Unlisted as problem:
+    except (Unlisted, OSError) as problem:  # the latter: it is being removed just now
         return str(problem), ""
     return (f"{name} is missing, changed or not of the release", "") if name else ("", foreign_writer(there))
 
 
 def changed_files(directory: Path) -> list[Path]:
-    """The files of a release that are there with another content, or come from elsewhere: somebody's work."""
+    """The files and links of a release that are there with another content, or come from elsewhere: somebody's work."""
     try:
-        return [
-            directory / name for name in differing(directory, list(entries(directory))) if (directory / name).is_file()
-        ]
-    except Unlisted:
+        different = [directory / name for name in differing(directory, list(entries(directory)))]
+    except (Unlisted, OSError):
         return []
+    return [path for path in different if path.is_file() or path.is_symlink()]  # a link may lead to a directory
 
 
 def whole_manifest(entries: Any) -> list[dict[str, Any]]:

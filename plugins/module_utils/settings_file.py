@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 LINE = re.compile(r"^\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*?)\s*$")
 
@@ -56,6 +58,16 @@ def assign(text: str, name: str, value: str, comment: str) -> str:
             lines += ["", f"# {comment}"]
         lines.append(f"{name}={value}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def read_written(path: Path) -> dict[str, Any]:
+    """What the roles wrote into the settings last: `token_sha256`, and `values` by key. Empty where that isn't on record:
+    whatever the file says was then written by somebody else."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) and isinstance(written.get("values", {}), dict) else {}
 
 
 def write_private(path: Path, text: str) -> None:

@@ -92,10 +92,10 @@ from ansible_collections.nox.platform.plugins.module_utils.digests import digest
 from ansible_collections.nox.platform.plugins.module_utils.release_files import (
     MADE,
     Unlisted,
+    brought_problem,
     read_manifest,
     read_release,
     release_problem,
-    unlike,
     whole_manifest,
     write_made,
 )
@@ -255,15 +255,6 @@ def judge(module: AnsibleModule, root: Path, entries: list[dict[str, Any]]) -> l
     return []
 
 
-def brought_problem(directory: Path) -> str:
-    """What of the release's own list isn't there as it says; "" for nothing."""
-    try:
-        name = next(unlike(directory, read_release(directory)["files"]), "")
-    except Unlisted as problem:
-        return str(problem)
-    return f"{name} is missing or changed" if name else ""
-
-
 def go_back(
     module: AnsibleModule, root: Path, entries: list[dict[str, Any]], there: list[str]
 ) -> tuple[str, list[str]]:
@@ -273,10 +264,9 @@ def go_back(
     if not name:
         module.fail_json(msg=f"Can't go back: {why}.")
     directory = root / "releases" / name
-    problem, loose = release_problem(directory)
-    if not (directory / MADE).exists():
-        # unpacked before such a list was made: what it brought must do, for staying with a failed one is worse
-        problem = brought_problem(directory)
+    # One that was unpacked before such a list was made: what it brought must do, for staying with a failed one is worse.
+    whole = (directory / MADE).exists()
+    problem, loose = release_problem(directory) if whole else (brought_problem(directory), "")
     if problem or loose:
         module.fail_json(msg=f"Can't go back to {name}: {problem or f'others than root may change {loose}'}.")
     python = (directory / "venv/bin/python3").resolve()

@@ -110,6 +110,7 @@ from ansible_collections.nox.platform.plugins.module_utils.settings_file import 
     TOKEN_MIN_LENGTH,
     assign,
     parse_settings,
+    read_written,
     token_state,
     write_private,
 )
@@ -241,10 +242,7 @@ def main() -> None:
         before = path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         before = ""
-    try:
-        recorded = json.loads(record_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        recorded = {}  # nothing recorded: whatever the file says was written by somebody else
+    recorded = read_written(record_path)
 
     text, problems = set_aside_unusable(before or HEADER, {e["name"]: e["pattern"] for e in entries})
     present = parse_settings(text)

@@ -72,6 +72,7 @@ from ansible_collections.nox.platform.plugins.module_utils.settings_file import 
     LINE,
     assign,
     parse_settings,
+    read_written,
     token_state,
     write_private,
 )
@@ -151,10 +152,7 @@ def main() -> None:
     if new_text != text and not module.check_mode:
         write_private(path, new_text)
     present = parse_settings(new_text)
-    try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    record = read_written(record_path)
     # Or the next install would take the token for one that was changed by hand.
     digest = hashlib.sha256(present.get(TOKEN, "").encode()).hexdigest()
     if (

@@ -1406,15 +1406,21 @@ def test_drift_alone_breaks_no_host(
 
 
 @as_root
-@pytest.mark.parametrize(
-    ("record", "outcome"),
-    [(None, "norecord"), ("{", "norecord"), ('{"version": 0}', "norecord"), ('{"version": 1}', "norecord")],
-)
-def test_no_record_or_a_damaged_one(installed: FakeHost, record: str | None, outcome: str) -> None:
+@pytest.mark.parametrize("record", [None, "{", '{"version": 0}', '{"version": 1}'])
+def test_no_record_or_a_damaged_one(installed: FakeHost, record: str | None) -> None:
     if record is not None:
         installed.write(debug.STATE_RECORD, record, 0o600)
     check = compared(installed)
-    assert (check.state, check.outcome) == ("warn", outcome)
+    assert (check.state, check.outcome) == ("warn", "norecord")
+    assert debug.STATE_RECORD in check.detail
+
+
+@as_root
+def test_a_record_of_a_kind_that_no_version_writes(installed: FakeHost) -> None:
+    state = debug.load_state_check(installed.facts().host)
+    state.write_record(installed.root / debug.STATE_RECORD[1:], {"version": 1})
+    check = compared(installed)
+    assert (check.state, check.outcome) == ("warn", "failed")
     assert debug.STATE_RECORD in check.detail
 
 

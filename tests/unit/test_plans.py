@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
 from ansible_collections.nox.platform.plugins.filter.names import alt_name, url_host
-from ansible_collections.nox.platform.plugins.module_utils import release_files
+from ansible_collections.nox.platform.plugins.module_utils import brought, host_files, release_files, settings_file
 from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
 from ansible_collections.nox.platform.plugins.modules import (
     nox_accounts,
@@ -246,6 +246,11 @@ def test_release_problems_are_named(release: Path, name: str) -> None:
     assert release_files.changed_files(release) == [release / name]
 
 
+def test_links_of_somebody_elses_are_kept_aside_too(release: Path) -> None:
+    (release / "lib/theirs").symlink_to(release / "site-packages")
+    assert release_files.changed_files(release) == [release / "lib/theirs"]
+
+
 def test_what_pip_compiles_is_nobodys(release: Path) -> None:
     (release / "site-packages/pip/__pycache__/c.pyc").write_text("anew")
     (release / "site-packages/pip/_vendor/__pycache__").mkdir(parents=True)
@@ -275,8 +280,26 @@ def test_a_shorter_list_hides_nothing(release: Path) -> None:
 def test_the_way_back_to_a_release_from_before_there_was_a_list_of_what_was_compiled(release: Path) -> None:
     (release / "UNPACKED.json").unlink()
     assert "UNPACKED.json" in nox_release.release_problem(release)[0]
-    assert nox_release.brought_problem(release) == ""
+    assert release_files.brought_problem(release) == ""
     (release / "lib/c").write_text("changed")
-    assert nox_release.brought_problem(release) == "lib/c is missing or changed"
+    assert release_files.brought_problem(release) == "lib/c is missing or changed"
     (release / "RELEASE.json").unlink()
-    assert "RELEASE.json" in nox_release.brought_problem(release)
+    assert "RELEASE.json" in release_files.brought_problem(release)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '"x"', '{"values": 4}', "{"])
+def test_settings_of_which_nothing_is_on_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    assert settings_file.read_written(tmp_path / "settings.json") == {}
+    assert settings_file.read_written(tmp_path / "nothing") == {}
+
+
+def test_what_was_brought_keeps_its_good_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brought, "PATH", tmp_path / "brought.json")
+    brought.PATH.write_text('{"packages": 5, "ufw": ["allow 22/tcp"], "host_files": [], "kernel": 3}')
+    assert brought.read() == {"ufw": ["allow 22/tcp"]}
+    assert host_files.recorded() == {}
+    brought.PATH.write_text('{"host_files": {"/a": 1, "/b": {"was": null}}}')
+    assert host_files.recorded() == {"/b": {"was": None}}
+    brought.remember("packages", ["caddy"])
+    assert brought.read()["packages"] == ["caddy"]
