@@ -43,15 +43,17 @@ def main() -> int:
     os.umask(0o022)
     service: Service | None = None
     try:
-        backend = choose(Command(arguments.bwrap), lambda: service.settings if service else current)
+        backend, proof = choose(
+            Command(arguments.bwrap), lambda: service.settings if service else current
+        )
     except OSError as error:
         log("error", "start_failed", reason=str(error))
         return 1
-    service = Service(current, backend)
+    service = Service(current, backend, proof)
     if removed := listing.remove_leftovers(current.sandbox):
         log("info", "leftovers_removed", uploads=removed)
     service.quota.start()
-    service.proof.able()
+    proof.able()  # at once, unless the choice has asked already
 
     def reload() -> None:
         assert service is not None

@@ -15,8 +15,8 @@ from nox_runner.settings import Settings
 from nox_runner.zygote.fast import Zygote
 
 
-def choose(command: Command, settings: Callable[[], Settings]) -> Backend:
-    """The backend of NOX_BACKEND; `auto` is the zygote where its self-test passes.
+def choose(command: Command, settings: Callable[[], Settings]) -> tuple[Backend, Proof]:
+    """The backend of NOX_BACKEND, and its proof; `auto` is the zygote where its self-test passes.
 
     OSError where the filter for system calls cannot be made: without it nothing may run.
     """
@@ -29,14 +29,14 @@ def choose(command: Command, settings: Callable[[], Settings]) -> Backend:
         why = str(error)
         log("warning", "no_control_groups", reason=why)
     if wanted == "bubblewrap":
-        return Bubblewrap(command, call_filter, groups, why)
+        bubblewrap = Bubblewrap(command, call_filter, groups, why)
+        return bubblewrap, Proof(bubblewrap, settings)
     zygote = Zygote(settings, groups, why)
-    if wanted == "zygote":
-        return zygote
     proof = Proof(zygote, settings)
-    if proof.able():
-        return zygote
+    if wanted == "zygote" or proof.able():
+        return zygote, proof
     zygote.close()
     log("warning", "backend_fallback", backend="bubblewrap", reason=proof.reason)
     instead_of = f"the zygote backend is not used: {proof.reason}"
-    return Bubblewrap(command, call_filter, groups, why, instead_of)
+    bubblewrap = Bubblewrap(command, call_filter, groups, why, instead_of)
+    return bubblewrap, Proof(bubblewrap, settings)

@@ -37,13 +37,12 @@ class Service:
 
     settings: Settings
     backend: Backend
+    proof: Proof
     slots: Slots = field(init=False)
-    proof: Proof = field(init=False)
     quota: Quota = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = Slots(lambda: self.settings.slots)
-        self.proof = Proof(self.backend, lambda: self.settings)
         self.quota = Quota(lambda: self.settings)
 
     def serve(self, connection: socket.socket) -> None:

@@ -7,21 +7,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ansible.plugins.action import ActionBase
+from ansible_collections.nox.platform.plugins.modules.nox_archive import ARGUMENTS
+from ansible_collections.nox.platform.plugins.plugin_utils.on_host import OwnCopyAction
 
 PIECE = 8 << 20  # what is lost at most when a connection ends in the middle
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(OwnCopyAction):
     """See the module of this name."""
+
+    LOGIC, ARGUMENTS = "archives", ARGUMENTS
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """The module's last answer."""
-        super().run(tmp, task_vars)
+        answer = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         source = Path(arguments["src"]).expanduser()
         size = source.stat().st_size
-        answer = self._ask(arguments, task_vars)
         pieces = 0
         begun_anew = False
         while not (answer.get("failed") or answer.get("complete") or self._task.check_mode):
@@ -38,12 +40,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             answer["pieces"] = pieces
         return answer
 
-    def _ask(self, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self._execute_module(
-            module_name="nox.platform.nox_archive", module_args=arguments, task_vars=task_vars
-        )
-        return found
-
     def _send(self, source: Path, offset: int, arguments: dict[str, Any], task_vars: Any) -> dict[str, Any]:
         if not self._connection._shell.tmpdir:
             self._make_tmp_path()
@@ -54,4 +50,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             piece.flush()
             self._transfer_file(piece.name, remote)
         self._fixup_perms2((self._connection._shell.tmpdir, remote))
-        return self._ask({**arguments, "piece": remote, "offset": offset}, task_vars)
+        return self.answer({**arguments, "piece": remote, "offset": offset}, task_vars)

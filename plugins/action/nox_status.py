@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control side of nox_status: what asks needn't be sent to a host that has it."""
+"""The control side of nox_status: a host that has the same code needn't be sent it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from ansible.plugins.action import ActionBase
-from ansible_collections.nox.platform.plugins.plugin_utils.on_host import ask
+from ansible_collections.nox.platform.plugins.modules.nox_status import ARGUMENTS
+from ansible_collections.nox.platform.plugins.plugin_utils.on_host import OwnCopyAction
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]
+class ActionModule(OwnCopyAction):
     """See the module of this name."""
 
-    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The host's answer."""
-        result: dict[str, Any] = super().run(tmp, task_vars)
-        probe = str(self._task.args.get("probe", 0))
-        if set(self._task.args) <= {"probe"} and probe.isdecimal():  # anything else the module refuses
-            found = ask(self, task_vars, "host_status", int(probe))
-            if found:
-                return {**result, **found, "changed": False, "sent": False}
-        return {**result, **self._execute_module(task_vars=task_vars)}
+    LOGIC, ARGUMENTS = "host_status", ARGUMENTS

@@ -34,6 +34,15 @@ def mounts() -> dict[str, set[str]]:
     return {words[4]: set(words[5].split(",")) for words in lines if len(words) > 5}
 
 
+def free_mib(path: str) -> int:
+    """Free space for root in MiB on the file system that holds (or would hold) the path."""
+    probe = Path(path)
+    while not probe.exists():
+        probe = probe.parent
+    found = os.statvfs(probe)
+    return found.f_bavail * found.f_frsize // 1048576
+
+
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -8,7 +8,6 @@ library alone, run on Python 3.9, and import each other relatively: role nox_too
 from __future__ import annotations
 
 import array
-import dataclasses
 import fcntl
 import grp
 import json
@@ -20,10 +19,11 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import host_files, kernel_settings
 from .digests import digest_of, digest_of_file
@@ -57,19 +57,23 @@ CADDYFILE = "/etc/caddy/Caddyfile"
 NOX_UNITS = ("nox-runner.socket", "nox-runner.service", "nox-api.service")
 ACCOUNTS = ("nox-api", "nox")
 
-# This file, host_status and what they import, as role nox_tools installs them: for nox-debug, and so that they needn't be sent
-# each time (plugins/plugin_utils/on_host.py).
+# What a module does that a host can run by itself (plugins/plugin_utils/on_host.py), and what that imports, as role nox_tools
+# installs it: nox-debug runs it, too.
 PACKAGE = (
     "__init__",
+    "archives",
     "brought",
     "digests",
     "host_files",
+    "host_gate",
     "host_state",
     "host_status",
     "kernel_settings",
     "local_api",
     "release_files",
+    "releases",
     "settings_file",
+    "units",
 )
 
 # Path → the role that makes it, and whether its content is the role's alone.
@@ -168,8 +172,7 @@ ONLY_DOWN = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):  # a dataclass would take a tenth of the check to import
     """One difference. `what` is a path, a unit, an account, a package or a port; `since` is empty where nothing tells."""
 
     id: str
@@ -811,7 +814,7 @@ def examine(record: Record) -> list[Finding]:
     findings += compare_disk(["/", str(ROOT), "/var/log", str(LOG_DIR), sandbox])
     findings += compare_logs()
     findings.sort(key=lambda one: ROLES.index(one.owner) if one.owner in ROLES else len(ROLES))
-    return [dataclasses.replace(one, since=since(one, units)) for one in findings]
+    return [one._replace(since=since(one, units)) for one in findings]
 
 
 def examine_living() -> list[Finding]:
@@ -826,7 +829,7 @@ def examine_living() -> list[Finding]:
             break
     else:
         findings += compare_sockets(units, "none")
-    return [dataclasses.replace(one, since=since(one, units)) for one in findings]
+    return [one._replace(since=since(one, units)) for one in findings]
 
 
 def since(one: Finding, units: dict[str, dict[str, str]]) -> str:
@@ -882,21 +885,42 @@ def look(path: Path) -> tuple[str, list[Finding], Record]:
         return "absent", [], {}
     why = "not as it was written" if path.exists() else "nothing"
     missing = Finding("record.missing", "all", str(path), "a record of a finished install", why)
-    return "drifted", [dataclasses.replace(missing, since=since(missing, {})), *examine_living()], {}
+    return "drifted", [missing._replace(since=since(missing, {})), *examine_living()], {}
 
 
-def answer(path: str) -> dict[str, Any]:
-    """What nox_state returns when it only looks."""
+def answer(options: dict[str, Any]) -> dict[str, Any]:
+    """What nox_state returns; `options` are its own, checked, and check_mode."""
+    path, state, dry = Path(options["record"]), options["state"], options["check_mode"]
+    extra: dict[str, Any] = {
+        "changed": False,
+        "host": {
+            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+            "arch": os.uname().machine,
+            "free_mib": {place: host_files.free_mib(place) for place in options["paths"]},
+        },
+    }
+    if state == "recorded":
+        old = read_record(path)
+        new = make_record({**old.get("about", {}), **options["about"]})
+        if options["role"]:  # without a record there is none to renew: an install writes it
+            new = renewed(old, new, options["role"]) if old else old
+        extra["changed"] = new != old
+        if not dry and new:
+            extra["changed"] = write_record(path, new)
     begun = time.monotonic()
-    found = answer_of(*look(Path(path)))
-    return {**found, "seconds": round(time.monotonic() - begun, 3)}
+    verdict, findings, record = look(path)
+    if state == "cleared":
+        extra["changed"] = in_the_way(findings, record)
+        extra["aside"] = [] if dry else clear(findings, record, Path(options["aside"]))
+    extra["seconds"] = round(time.monotonic() - begun, 3)
+    return {**answer_of(verdict, findings, record), **extra}
 
 
 def answer_of(verdict: str, findings: list[Finding], record: Record) -> dict[str, Any]:
     """What nox_state returns of look()."""
     return {
         "verdict": verdict,
-        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "findings": [finding._asdict() for finding in findings],
         "owners": owners_of(findings),
         "down": down_units(findings),
         "set_right": right_paths(findings),

@@ -69,15 +69,29 @@ def brought_problem(directory: Path) -> str:
 
 
 def write_made(directory: Path) -> None:
-    """The list of what was compiled when it was unpacked: name → size, and time of last change in nanoseconds. Raises Unlisted."""
+    """The list of what was compiled when it was unpacked: name → size, and time of last change in nanoseconds; its digests apart,
+    for who takes it over (releases.py). Raises Unlisted."""
     brought = read_release(directory)["files"]
     compiled = {
         name: [status.st_size, status.st_mtime_ns]
         for name, status in entries(directory)
         if name.endswith(".pyc") and name not in brought and not PIP_CACHE.search(name)
     }
-    made = {BROUGHT: digest_of_file(directory / BROUGHT), "compiled": compiled}
+    digests = {name: digest_of_file(directory / name) for name in compiled}
+    made = {BROUGHT: digest_of_file(directory / BROUGHT), "compiled": compiled, "digests": digests}
     (directory / MADE).write_text(json.dumps(made) + "\n", encoding="utf-8")
+
+
+def read_made(directory: Path) -> dict[str, Any]:
+    """The list of what was compiled. Raises Unlisted."""
+    try:
+        made: dict[str, Any] = json.loads((directory / MADE).read_bytes())
+        made["compiled"] = dict(made["compiled"])
+        made[BROUGHT] = str(made[BROUGHT])
+        made["digests"] = dict(made.get("digests", {}))  # older ones have none
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Unlisted(f"{MADE} is missing or unreadable") from error
+    return made
 
 
 def differing(directory: Path, there: list[tuple[str, os.stat_result]]) -> Iterator[str]:
@@ -85,14 +99,9 @@ def differing(directory: Path, there: list[tuple[str, os.stat_result]]) -> Itera
 
     What was compiled is compared by size and time: a digest of each would double what the whole check takes.
     """
-    brought = read_release(directory)["files"]
-    try:
-        made = json.loads((directory / MADE).read_bytes())
-        wanted = dict(made["compiled"])
-        whole = made[BROUGHT] == digest_of_file(directory / BROUGHT)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Unlisted(f"{MADE} is missing or unreadable") from error
-    if not whole:
+    brought, made = read_release(directory)["files"], read_made(directory)
+    wanted = made["compiled"]
+    if made[BROUGHT] != digest_of_file(directory / BROUGHT):
         yield BROUGHT
     yield from unlike(directory, brought)
     for name, status in there:

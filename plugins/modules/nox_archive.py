@@ -63,72 +63,26 @@ pieces:
   description: How many pieces were sent.
   returned: when the archive was not there
   type: int
+sent:
+  description: As M(nox.platform.nox_state) returns it.
+  returned: always
+  type: bool
 """
 
-import os
-from pathlib import Path
-
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
+from ansible_collections.nox.platform.plugins.module_utils import archives
+from ansible_collections.nox.platform.plugins.module_utils.answers import leave
 
-
-def directory(path: Path, check_mode: bool) -> bool:
-    """Root's, readable by all; whether that had to be changed."""
-    try:
-        found = path.stat()
-        right = (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, 0o755)
-    except FileNotFoundError:
-        right = False
-    if not right and not check_mode:
-        path.mkdir(parents=True, exist_ok=True)
-        os.chown(path, 0, 0)
-        path.chmod(0o755)
-    return not right
-
-
-def main() -> None:
-    module = AnsibleModule(
-        argument_spec={
-            "src": {"type": "path", "required": True},
-            "id": {"type": "str", "required": True},
-            "sha256": {"type": "str", "required": True},
-            "root": {"type": "path", "default": "/opt/nox"},
-            "piece": {"type": "path"},
-            "offset": {"type": "int", "default": 0},
-        },
-        supports_check_mode=True,
-    )
-    root, sha256 = Path(module.params["root"]), module.params["sha256"]
-    archive = root / "archives" / f"{module.params['id']}.tar.gz"
-    partial = archive.with_name(f".{archive.name}.part")
-    places = (root, archive.parent, root / "releases")
-    changed = [path for path in places if directory(path, module.check_mode)]
-    if archive.is_file() and digest_of_file(archive) == sha256:
-        found = archive.stat()
-        if (found.st_uid, found.st_gid, found.st_mode & 0o7777) != (0, 0, 0o644):
-            changed.append(archive)
-            if not module.check_mode:
-                os.chown(archive, 0, 0)
-                archive.chmod(0o644)
-        module.exit_json(changed=bool(changed), complete=True, have=found.st_size)
-    have = partial.stat().st_size if partial.exists() else 0
-    if module.params["piece"]:
-        # a piece that was written halfway when the host lost power begins anew
-        with open(partial, "r+b" if have else "wb") as handle:  # noqa: PTH123  a mode, not a way
-            handle.truncate(module.params["offset"])
-            handle.seek(module.params["offset"])
-            handle.write(Path(module.params["piece"]).read_bytes())
-            handle.flush()
-            os.fsync(handle.fileno())
-        have = partial.stat().st_size
-    complete = bool(have) and digest_of_file(partial) == sha256
-    if complete and not module.check_mode:
-        partial.chmod(0o644)
-        partial.replace(archive)
-        for other in archive.parent.glob(".*.part"):  # of releases that were given up
-            other.unlink()
-    module.exit_json(changed=True, complete=complete, have=have)
-
+ARGUMENTS = {
+    "argument_spec": {
+        "src": {"type": "path", "required": True},
+        "id": {"type": "str", "required": True},
+        "sha256": {"type": "str", "required": True},
+        "root": {"type": "path", "default": "/opt/nox"},
+        "piece": {"type": "path"},
+        "offset": {"type": "int", "default": 0},
+    }
+}
 
 if __name__ == "__main__":
-    main()
+    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), archives.answer)

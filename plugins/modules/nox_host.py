@@ -71,7 +71,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.nox.platform.plugins.module_utils.host_files import mounts
+from ansible_collections.nox.platform.plugins.module_utils.host_files import free_mib, mounts
 from ansible_collections.nox.platform.plugins.module_utils.settings_file import (
     parse_settings,
     token_state,
@@ -221,15 +221,6 @@ def ssh_ports(listening: list[dict[str, Any]]) -> list[int]:
     if session:
         ports.add(session)
     return sorted(ports)
-
-
-def free_mib(path: str) -> int:
-    """Free space for root in MiB on the file system that holds (or would hold) the path."""
-    probe = Path(path)
-    while not probe.exists():
-        probe = probe.parent
-    stat = os.statvfs(probe)
-    return stat.f_bavail * stat.f_frsize // 1048576
 
 
 def pristine(module: AnsibleModule, path: str) -> bool:

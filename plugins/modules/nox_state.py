@@ -41,6 +41,11 @@ options:
     description: With O(state=recorded), only this role's part of the record is renewed; what else differs stays a difference.
     type: str
     default: ""
+  paths:
+    description: Paths whose free space is wanted, in C(host.free_mib).
+    type: list
+    elements: path
+    default: []
 """
 
 EXAMPLES = r"""
@@ -112,46 +117,27 @@ seconds:
   description: How long the check took on the host.
   returned: always
   type: float
+host:
+  description: What decides which release it can run. The same facts of M(nox.platform.nox_host) have the same names.
+  returned: always
+  type: dict
+  sample: {python: "3.10", arch: x86_64, free_mib: {/opt: 20480}}
 """
-
-import time
-from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import host_state
+from ansible_collections.nox.platform.plugins.module_utils.answers import leave
 
-
-def main() -> None:
-    module = AnsibleModule(
-        argument_spec={
-            "state": {"type": "str", "choices": ["checked", "cleared", "recorded"], "default": "checked"},
-            "record": {"type": "path", "default": host_state.RECORD},
-            "aside": {"type": "path", "default": "/var/lib/nox/aside"},
-            "about": {"type": "dict", "default": {}},
-            "role": {"type": "str", "default": ""},
-        },
-        supports_check_mode=True,
-    )
-    path, state = Path(module.params["record"]), module.params["state"]
-    changed, extra = False, {}
-    if state == "recorded":
-        old = host_state.read_record(path)
-        about = {**old.get("about", {}), **module.params["about"]}
-        new = host_state.make_record(about)
-        if module.params["role"]:  # without a record there is none to renew: an install writes it
-            new = host_state.renewed(old, new, module.params["role"]) if old else old
-        changed = new != old
-        if not module.check_mode and new:
-            changed = host_state.write_record(path, new)
-    begun = time.monotonic()
-    found = host_state.look(path)
-    if state == "cleared":
-        _, findings, record = found
-        changed = host_state.in_the_way(findings, record)
-        extra["aside"] = [] if module.check_mode else host_state.clear(findings, record, Path(module.params["aside"]))
-    seconds = round(time.monotonic() - begun, 3)
-    module.exit_json(changed=changed, sent=True, seconds=seconds, **host_state.answer_of(*found), **extra)
-
+ARGUMENTS = {
+    "argument_spec": {
+        "state": {"type": "str", "choices": ["checked", "cleared", "recorded"], "default": "checked"},
+        "record": {"type": "path", "default": host_state.RECORD},
+        "aside": {"type": "path", "default": "/var/lib/nox/aside"},
+        "about": {"type": "dict", "default": {}},
+        "role": {"type": "str", "default": ""},
+        "paths": {"type": "list", "elements": "path", "default": []},
+    }
+}
 
 if __name__ == "__main__":
-    main()
+    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), host_state.answer)

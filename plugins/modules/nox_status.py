@@ -65,12 +65,9 @@ sent:
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import host_status
+from ansible_collections.nox.platform.plugins.module_utils.answers import leave
 
-
-def main() -> None:
-    module = AnsibleModule(argument_spec={"probe": {"type": "int", "default": 0}}, supports_check_mode=True)
-    module.exit_json(changed=False, sent=True, **host_status.answer(module.params["probe"]))
-
+ARGUMENTS = {"argument_spec": {"probe": {"type": "int", "default": 0}}}
 
 if __name__ == "__main__":
-    main()
+    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), host_status.answer)

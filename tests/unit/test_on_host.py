@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.nox.platform.plugins.action.nox_state import ActionModule
+import yaml
+from ansible.errors import AnsibleActionFail
+from ansible_collections.nox.platform.plugins.action import (
+    nox_archive,
+    nox_gate,
+    nox_release,
+    nox_state,
+    nox_status,
+    nox_units,
+)
 from ansible_collections.nox.platform.plugins.module_utils import host_state
 from ansible_collections.nox.platform.plugins.plugin_utils import on_host
 
@@ -31,8 +41,8 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 class Action:
     """As much of a task as is asked: it runs on this machine what would be run on the host."""
 
-    def __init__(self, answer: str | None = None) -> None:
-        self.answer = answer
+    def __init__(self, answer: str | None = None, environment: str = "") -> None:
+        self.answer, self.environment = answer, environment
 
     def _low_level_execute_command(self, command: str) -> dict[str, Any]:
         if self.answer is not None:
@@ -40,14 +50,23 @@ class Action:
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
         return {"rc": done.returncode, "stdout": done.stdout}
 
+    def _compute_environment_string(self) -> str:
+        return self.environment
+
+
+def options(record: Path) -> dict[str, Any]:
+    defaults = {"about": {}, "aside": "/nowhere", "role": "", "paths": ["/"]}
+    return {"state": "checked", "record": str(record), "check_mode": False, **defaults}
+
 
 def asked(action: Action, record: Path, python: str = sys.executable) -> dict[str, Any] | None:
-    return on_host.ask(action, {"ansible_python_interpreter": python}, "host_state", str(record))  # type: ignore[arg-type]
+    return on_host.ask(action, {"ansible_python_interpreter": python}, "host_state", options(record))  # type: ignore[arg-type]
 
 
 def test_it_says_what_the_module_would(there: Path, tmp_path: Path) -> None:
-    found = asked(Action(), tmp_path / "none")
-    assert found == host_state.answer(str(tmp_path / "none"))
+    found, expected = asked(Action(), tmp_path / "none"), host_state.answer(options(tmp_path / "none"))
+    assert found and {**found, "seconds": 0, "host": 0} == {**expected, "seconds": 0, "host": 0}
+    assert found["host"]["free_mib"].keys() == {"/"}
     assert not (there / "__pycache__").exists(), "its bytecode lies elsewhere, by the sources' digest"
 
 
@@ -77,17 +96,60 @@ def test_a_host_without_an_interpreter_or_an_answer_is_sent_the_module(there: Pa
     assert asked(Action('sudo: unable to resolve host\n{"verdict": "clean"}\n'), tmp_path) == {"verdict": "clean"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "by_host"),
-    [({}, True), ({"state": "checked"}, True), ({"state": "recorded"}, False), ({"record": "/elsewhere"}, False)],
-)
-def test_only_a_look_is_left_to_the_host(
-    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], by_host: bool
-) -> None:
-    action = ActionModule.__new__(ActionModule)
-    action._task = type("Task", (), {"args": arguments, "async_val": 0})()
-    monkeypatch.setattr("ansible.plugins.action.ActionBase.run", lambda *_: {})
-    monkeypatch.setattr(f"{ActionModule.__module__}.ask", lambda *_: {"verdict": "by host"})
-    monkeypatch.setattr(action, "_execute_module", lambda **_: {"verdict": "sent"})
-    found = action.run()
-    assert found["verdict"] == ("by host" if by_host else "sent")
+def test_the_playbooks_environment_reaches_it(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_host, "CODE", "import json, os; print(json.dumps(dict(os.environ)))")
+    found = asked(Action(environment="TMPDIR='/run/a b' OTHER=x"), tmp_path)
+    assert found and (found["TMPDIR"], found["OTHER"]) == ("/run/a b", "x")
+
+
+class TestAction:
+    """What a task becomes: the host's answer, or the module."""
+
+    @pytest.fixture
+    def task(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[nox_state.ActionModule]:
+        action = nox_state.ActionModule.__new__(nox_state.ActionModule)
+        action._task = type("Task", (), {"args": {"state": "recorded"}, "check_mode": True})()
+        monkeypatch.setattr("ansible.plugins.action.ActionBase.run", lambda *_: {})
+        monkeypatch.setattr(action, "_execute_module", lambda **told: {"verdict": "sent", "sent": True, "told": told})
+        yield action
+
+    def test_the_host_is_told_all_options_and_the_check_mode(
+        self, task: nox_state.ActionModule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(on_host, "ask", lambda *told: {"verdict": "by host", "told": told[2:]})
+        found = task.run()
+        assert (found["verdict"], found["sent"]) == ("by host", False)
+        name, told = found["told"]
+        assert name == "host_state"
+        assert told == {
+            "state": "recorded", "record": host_state.RECORD, "aside": "/var/lib/nox/aside", "about": {}, "role": "",
+            "paths": [], "check_mode": True,
+        }  # fmt: skip
+
+    def test_without_an_answer_the_module_is_sent(
+        self, task: nox_state.ActionModule, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(on_host, "ask", lambda *_: None)
+        found = task.run()
+        assert found["sent"] and found["told"]["module_args"] == {"state": "recorded"}
+
+    @pytest.mark.parametrize("wrong", [{"state": "other"}, {"sate": "checked"}, {"paths": 3.5j}])
+    def test_options_are_checked_before_a_host_is_asked(
+        self, task: nox_state.ActionModule, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+    ) -> None:
+        monkeypatch.setattr(on_host, "ask", lambda *_: pytest.fail("a host was asked"))
+        task._task.args = wrong
+        with pytest.raises(AnsibleActionFail):
+            task.run()
+
+
+@pytest.mark.parametrize("action", [nox_archive, nox_gate, nox_release, nox_state, nox_status, nox_units])
+def test_each_module_has_its_documented_options_and_its_code_on_the_host(action: Any) -> None:
+    name = action.__name__.rpartition(".")[2]
+    module = importlib.import_module(f"ansible_collections.nox.platform.plugins.modules.{name}")
+    options = yaml.safe_load(module.DOCUMENTATION)["options"]
+    spec = action.ActionModule.ARGUMENTS["argument_spec"]
+    assert {key: (value["type"], value.get("default")) for key, value in options.items()} == {
+        key: (value["type"], value.get("default")) for key, value in spec.items()
+    }
+    assert action.ActionModule.LOGIC in host_state.PACKAGE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -10,15 +12,20 @@ from typing import Any, ClassVar
 import pytest
 from ansible_collections.nox.platform.plugins.filter.bytes import to_bytes
 from ansible_collections.nox.platform.plugins.filter.names import alt_name, url_host
-from ansible_collections.nox.platform.plugins.module_utils import brought, host_files, release_files, settings_file
-from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of_file
+from ansible_collections.nox.platform.plugins.module_utils import (
+    brought,
+    host_files,
+    release_files,
+    releases,
+    settings_file,
+    units,
+)
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of, digest_of_file
 from ansible_collections.nox.platform.plugins.modules import (
     nox_accounts,
     nox_apt_key,
     nox_firewall,
     nox_host,
-    nox_release,
-    nox_units,
 )
 
 
@@ -28,20 +35,20 @@ def unit(load: str = "loaded", active: str = "active", file: str = "enabled", re
 
 class TestUnits:
     def test_nothing_to_do(self) -> None:
-        assert nox_units.plan({"a.service": unit()}, "started") == []
+        assert units.plan({"a.service": unit()}, "started") == []
 
     def test_a_host_without_the_unit(self) -> None:
-        assert nox_units.plan({"a.service": unit("not-found", "inactive", "")}, "started") == [
+        assert units.plan({"a.service": unit("not-found", "inactive", "")}, "started") == [
             ["enable", "a.service"],  # which reloads systemd itself
             ["start", "a.service"],
         ]
 
     def test_a_unit_that_was_changed_on_disk(self) -> None:
-        assert nox_units.plan({"a.service": unit(reload="yes")}, "started") == [["daemon-reload"]]
+        assert units.plan({"a.service": unit(reload="yes")}, "started") == [["daemon-reload"]]
 
     def test_masked_and_failed_units_come_back(self) -> None:
-        units = {"a.service": unit("masked", "failed", "masked"), "b.service": unit()}
-        assert nox_units.plan(units, "started") == [
+        found = {"a.service": unit("masked", "failed", "masked"), "b.service": unit()}
+        assert units.plan(found, "started") == [
             ["unmask", "a.service"],
             ["enable", "a.service"],
             ["reset-failed", "a.service"],
@@ -49,10 +56,10 @@ class TestUnits:
         ]
 
     def test_stopping_what_is_not_there_is_nothing(self) -> None:
-        assert nox_units.plan({"a.service": unit("not-found", "inactive", "")}, "stopped") == []
+        assert units.plan({"a.service": unit("not-found", "inactive", "")}, "stopped") == []
 
     def test_a_reload_starts_nothing_that_is_down(self) -> None:
-        assert nox_units.plan({"a.service": unit(active="inactive")}, "reloaded") == []
+        assert units.plan({"a.service": unit(active="inactive")}, "reloaded") == []
 
 
 class TestAccounts:
@@ -134,20 +141,20 @@ class TestPruning:
 
     def test_the_last_healthy_release_stays_however_old(self) -> None:
         entries = self.entries("a", "b", "c", "d", healthy=("a",))
-        assert nox_release.prunable(entries, ["a", "b", "c", "d"], "d", keep=2) == ["c", "b"]
+        assert releases.prunable(entries, ["a", "b", "c", "d"], "d", keep=2) == ["c", "b"]
 
     def test_order_is_the_records_not_the_names(self) -> None:
         entries = self.entries("z", "a", "m")
-        assert nox_release.prunable(entries, ["a", "m", "z"], "m", keep=2) == ["z"]
+        assert releases.prunable(entries, ["a", "m", "z"], "m", keep=2) == ["z"]
 
     def test_unrecorded_releases_go_first(self) -> None:
         entries = self.entries("b", "c")
-        assert nox_release.prunable(entries, ["a", "b", "c"], "c", keep=2) == ["a"]
+        assert releases.prunable(entries, ["a", "b", "c"], "c", keep=2) == ["a"]
 
     def test_failed_releases_go_before_healthy_ones(self) -> None:
         entries = self.entries("a", "b", "c", "d", healthy=("a", "b"))
         entries[2]["failed"] = "yes"
-        assert nox_release.prunable(entries, ["a", "b", "c", "d"], "d", keep=3) == ["c"]
+        assert releases.prunable(entries, ["a", "b", "c", "d"], "d", keep=3) == ["c"]
 
 
 class TestWayBack:
@@ -159,20 +166,20 @@ class TestWayBack:
     ]
 
     def test_the_last_other_healthy_one(self) -> None:
-        assert nox_release.way_back(self.RECORD, ["a", "b", "c", "d"], "d", "") == ("b", "")
-        assert nox_release.way_back(self.RECORD, ["a", "b", "c", "d"], "b", "") == ("a", "")
+        assert releases.way_back(self.RECORD, ["a", "b", "c", "d"], "d", "") == ("b", "")
+        assert releases.way_back(self.RECORD, ["a", "b", "c", "d"], "b", "") == ("a", "")
 
     def test_one_that_is_not_there_is_none(self) -> None:
-        assert nox_release.way_back(self.RECORD, ["a", "c", "d"], "d", "") == ("a", "")
-        assert nox_release.way_back(self.RECORD, ["c", "d"], "d", "")[0] == ""
+        assert releases.way_back(self.RECORD, ["a", "c", "d"], "d", "") == ("a", "")
+        assert releases.way_back(self.RECORD, ["c", "d"], "d", "")[0] == ""
 
     def test_a_failed_or_unproven_one_is_refused_by_name(self) -> None:
         for name in ("c", "d", "x"):
-            assert nox_release.way_back(self.RECORD, ["a", "c", "d"], "a", name)[0] == ""
+            assert releases.way_back(self.RECORD, ["a", "c", "d"], "a", name)[0] == ""
 
     def test_one_that_failed_later_is_no_way_back(self) -> None:
         record = [*self.RECORD, {"release": "b", "healthy": "", "failed": "yes"}]
-        assert nox_release.way_back(record, ["a", "b"], "d", "") == ("a", "")
+        assert releases.way_back(record, ["a", "b"], "d", "") == ("a", "")
 
 
 def test_kernel_addresses() -> None:
@@ -231,7 +238,7 @@ def release(tmp_path: Path) -> Path:
     files = {"a": "-> b", "lib/c": digest_of_file(tmp_path / "lib/c")}
     (tmp_path / "RELEASE.json").write_text(json.dumps({"python": "3.10", "arch": "x86_64", "files": files}))
     release_files.write_made(tmp_path)
-    assert nox_release.release_problem(tmp_path)[0] == ""
+    assert release_files.release_problem(tmp_path)[0] == ""
     return tmp_path
 
 
@@ -239,10 +246,10 @@ def release(tmp_path: Path) -> Path:
 def test_release_problems_are_named(release: Path, name: str) -> None:
     problem, new = f"{name} is missing, changed or not of the release", "new" in name
     (release / name).unlink(missing_ok=True)
-    assert nox_release.release_problem(release)[0] == ("" if new else problem)
+    assert release_files.release_problem(release)[0] == ("" if new else problem)
     assert release_files.changed_files(release) == []
     (release / name).write_text("something else")
-    assert nox_release.release_problem(release)[0] == problem
+    assert release_files.release_problem(release)[0] == problem
     assert release_files.changed_files(release) == [release / name]
 
 
@@ -255,7 +262,7 @@ def test_what_pip_compiles_is_nobodys(release: Path) -> None:
     (release / "site-packages/pip/__pycache__/c.pyc").write_text("anew")
     (release / "site-packages/pip/_vendor/__pycache__").mkdir(parents=True)
     (release / "site-packages/pip/_vendor/__pycache__/x.pyc").write_text("anew")
-    assert nox_release.release_problem(release)[0] == ""
+    assert release_files.release_problem(release)[0] == ""
 
 
 @pytest.mark.parametrize("name", ["RELEASE.json", "UNPACKED.json"])
@@ -265,7 +272,7 @@ def test_what_pip_compiles_is_nobodys(release: Path) -> None:
 )
 def test_a_list_that_says_nothing(release: Path, name: str, text: str) -> None:
     (release / name).write_text(text)
-    assert nox_release.release_problem(release)[0] == f"{name} is missing or unreadable"
+    assert release_files.release_problem(release)[0] == f"{name} is missing or unreadable"
     assert release_files.changed_files(release) == []
 
 
@@ -273,18 +280,110 @@ def test_a_shorter_list_hides_nothing(release: Path) -> None:
     listed = json.loads((release / "RELEASE.json").read_text())
     (release / "lib/c").write_text("changed")
     (release / "RELEASE.json").write_text(json.dumps({**listed, "files": {}}))
-    assert nox_release.release_problem(release)[0] == "RELEASE.json is missing, changed or not of the release"
+    assert release_files.release_problem(release)[0] == "RELEASE.json is missing, changed or not of the release"
     assert release / "lib/c" in release_files.changed_files(release)
 
 
 def test_the_way_back_to_a_release_from_before_there_was_a_list_of_what_was_compiled(release: Path) -> None:
     (release / "UNPACKED.json").unlink()
-    assert "UNPACKED.json" in nox_release.release_problem(release)[0]
+    assert "UNPACKED.json" in release_files.release_problem(release)[0]
     assert release_files.brought_problem(release) == ""
     (release / "lib/c").write_text("changed")
     assert release_files.brought_problem(release) == "lib/c is missing or changed"
     (release / "RELEASE.json").unlink()
     assert "RELEASE.json" in release_files.brought_problem(release)
+
+
+class TestUnpacking:
+    @staticmethod
+    def archive(*members: tuple[str, str | None, str]) -> bytes:
+        """(name, content or None for a directory, target of a link)…"""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, content, target in members:
+                entry = tarfile.TarInfo(name)
+                entry.type = tarfile.SYMTYPE if target else tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+                entry.linkname, entry.mode, entry.size = target, 0o777, len(content or "")
+                tar.addfile(entry, io.BytesIO((content or "").encode()))
+        return buffer.getvalue()
+
+    def test_what_was_written_is_told(self, tmp_path: Path) -> None:
+        data = self.archive(("lib", None, ""), ("lib/c", "code", ""), ("a", "", "lib"))
+        assert releases.extract(data, tmp_path) == {"lib/c": digest_of(b"code"), "a": "-> lib"}
+        assert (tmp_path / "a/c").read_text() == "code"
+        assert (tmp_path / "lib/c").stat().st_mode & 0o777 == 0o755, "nobody else may write"
+
+    @pytest.mark.parametrize(
+        "name", ["/etc/x", "../x", "lib/../../x", "a/x", "no/such/directory", "lib/.", "lib/..", ".."]
+    )
+    def test_nothing_gets_out_nor_through_a_link(self, tmp_path: Path, name: str) -> None:
+        place = tmp_path / "scratch"
+        place.mkdir()
+        with pytest.raises(releases.Failed, match="refuses to unpack"):
+            releases.extract(self.archive(("lib", None, ""), ("a", "", ".."), (name, "x", "")), place)
+        assert {path.name for path in tmp_path.iterdir()} == {"scratch"}
+
+    @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+    def test_only_files_directories_and_links(self, tmp_path: Path, kind: bytes) -> None:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            entry = tarfile.TarInfo("x")
+            entry.type = kind
+            tar.addfile(entry)
+        with pytest.raises(releases.Failed, match="refuses to unpack"):
+            releases.extract(buffer.getvalue(), tmp_path)
+
+    def test_only_what_its_list_has_and_all_of_it(self, tmp_path: Path) -> None:
+        listed = {"python": "3.10", "arch": "x86_64", "files": {"c": digest_of(b"code")}}
+        for content, wrong in ((("c", "other", ""), "c"), (("d", "code", ""), "c"), (("e/", None, ""), "c")):
+            data = self.archive(("RELEASE.json", json.dumps(listed), ""), content)
+            (tmp_path / "archive").write_bytes(data)
+            with pytest.raises(releases.Failed, match=f"{wrong} is not as its list says"):
+                releases.unpack(tmp_path, tmp_path / "archive", digest_of(data), tmp_path / "releases/1")
+            assert list((tmp_path / "releases").iterdir()) == []
+
+
+class TestCarryingOver:
+    """What was compiled for an earlier release, for the next one."""
+
+    SOURCES = ("lib/same.py", "lib/changed.py", "lib/damaged.py", "lib/lost.py")
+
+    @pytest.fixture
+    def earlier(self, tmp_path: Path) -> Path:
+        place = tmp_path / "releases/1"
+        (place / "lib/__pycache__").mkdir(parents=True)
+        for source in self.SOURCES:
+            (place / source).write_text(source)
+            (place / f"lib/__pycache__/{Path(source).stem}.cpython-310.pyc").write_text(f"compiled {source}")
+        files = {source: digest_of_file(place / source) for source in self.SOURCES}
+        (place / "RELEASE.json").write_text(json.dumps({"python": "3.10", "arch": "x86_64", "files": files}))
+        release_files.write_made(place)
+        (place / "lib/__pycache__/damaged.cpython-310.pyc").write_text("compiled lib/damaged.pX")
+        (place / "lib/__pycache__/lost.cpython-310.pyc").unlink()
+        return place
+
+    def carried(self, root: Path) -> set[str]:
+        (root / "scratch/lib").mkdir(parents=True)
+        sources = {source: digest_of(source.encode()) for source in self.SOURCES}
+        return releases.carry_over(root, root / "scratch", {**sources, "lib/changed.py": "1", "lib/new.py": "2"})
+
+    def test_of_the_same_source_and_undamaged(self, earlier: Path, tmp_path: Path) -> None:
+        assert self.carried(tmp_path) == {"lib/same.py"}
+        assert [path.name for path in (tmp_path / "scratch/lib/__pycache__").iterdir()] == ["same.cpython-310.pyc"]
+
+    @pytest.mark.parametrize("name", ["RELEASE.json", "UNPACKED.json"])
+    def test_nothing_of_a_release_whose_lists_are_not_as_they_were(
+        self, earlier: Path, tmp_path: Path, name: str
+    ) -> None:
+        listed = json.loads((earlier / name).read_text())
+        (earlier / name).write_text(json.dumps({**listed, "RELEASE.json": "another"}))
+        assert self.carried(tmp_path) == set()
+
+    def test_nothing_where_no_digests_were_kept(self, earlier: Path, tmp_path: Path) -> None:
+        listed = json.loads((earlier / "UNPACKED.json").read_text())
+        del listed["digests"]
+        (earlier / "UNPACKED.json").write_text(json.dumps(listed))
+        assert self.carried(tmp_path) == set()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '"x"', '{"values": 4}', "{"])

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 from ansible_collections.nox.platform.plugins.callback import nox_report
-from ansible_collections.nox.platform.plugins.module_utils import host_state, release_files
-from ansible_collections.nox.platform.plugins.modules import nox_release, nox_settings
+from ansible_collections.nox.platform.plugins.module_utils import host_state, release_files, releases
+from ansible_collections.nox.platform.plugins.modules import nox_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playbooks"))
 import drift
@@ -290,9 +290,13 @@ def test_lost_settings_come_back_where_they_are_usable(tmp_path: Path) -> None:
     assert nox_settings.recovered({"state": "/nowhere", "token": "/nowhere"}, patterns) == {}
 
 
-def test_the_package_on_the_host_is_all_that_check_and_status_import() -> None:
+def test_the_package_on_the_host_is_all_that_is_run_there() -> None:
     """Role nox_tools installs it, the check itself compares it; the standard library has the rest."""
-    utils, found, waiting = ROOT / "plugins/module_utils", {"__init__"}, ["host_state", "host_status"]
+    utils, found, waiting = (
+        ROOT / "plugins/module_utils",
+        {"__init__"},
+        ["archives", "host_gate", "host_state", "host_status", "releases", "units"],
+    )
     while waiting:
         name = waiting.pop()
         found.add(name)
@@ -320,10 +324,10 @@ def test_a_release_that_others_may_change(tmp_path: Path) -> None:
 def test_a_lost_history_of_releases_comes_back_from_the_record(tmp_path: Path) -> None:
     entries = [{"release": "0.1.0-aaaaaaaaaaaa", "since": "2026-01-01T00:00:00Z", "healthy": "2026-01-01T00:00:09Z"}]
     (tmp_path / "state.json").write_text(json.dumps({"manifest": entries}))
-    assert nox_release.recovered_manifest(tmp_path / "state.json") == entries
+    assert releases.recovered_manifest(tmp_path / "state.json") == entries
     for text in ("", "[]", "{}", '{"manifest": 1}', '{"manifest": [1]}'):
         (tmp_path / "state.json").write_text(text)
-        assert nox_release.recovered_manifest(tmp_path / "state.json") == []
+        assert releases.recovered_manifest(tmp_path / "state.json") == []
 
 
 @pytest.mark.parametrize(

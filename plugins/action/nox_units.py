@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control side of nox_units: a host that has the same code needn't be sent it."""
+
+from __future__ import annotations
+
+from ansible_collections.nox.platform.plugins.modules.nox_units import ARGUMENTS
+from ansible_collections.nox.platform.plugins.plugin_utils.on_host import OwnCopyAction
+
+
+class ActionModule(OwnCopyAction):
+    """See the module of this name."""
+
+    LOGIC, ARGUMENTS = "units", ARGUMENTS
