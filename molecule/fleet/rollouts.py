@@ -215,14 +215,16 @@ def serving() -> list[str]:
     return [host for host in known["hosts"] if host not in known["drained"]]
 
 
-def check(wanted: dict[str, str], *, out: tuple[str, ...] = ()) -> None:
-    """The end state of every host: its version, healthy, nothing half-done, behind the edge but for those in `out`."""
+def check(wanted: dict[str, str], *, out: tuple[str, ...] = (), unproven: tuple[str, ...] = ()) -> None:
+    """The end state of every host: its version, healthy, nothing half-done, behind the edge but for those in `out`. Those in
+    `unproven` differ in one thing: their release hasn't passed its tests since it was switched to, and they say so."""
     found = fleet()
     assert {host: found[host]["version"] for host in wanted} == wanted
     for host in wanted:
         one = found[host]
-        assert one["healthy"] and one["drift"] == "clean", one
-        assert one["release"].startswith(wanted[host] + "-") and one["proven"], one
+        told = [f"release.unproven {one['release']}: never, not seen healthy"] if host in unproven else []
+        assert one["healthy"] and one["findings"] == told and one["drift"] == ("drifted" if told else "clean"), one
+        assert one["release"].startswith(wanted[host] + "-") and one["proven"] != bool(told), one
         left = [path.name for path in seen(host, "/opt/nox/releases").iterdir() if path.name.startswith(".")]
         assert not left, f"{host}: {left}"
     assert sorted(set(HOSTS) - set(serving())) == sorted(out)

@@ -928,11 +928,27 @@ def answer_of(verdict: str, findings: list[Finding], record: Record) -> dict[str
         "stale": list(NOX_UNITS) if stale_units(findings, "nox_service") else [],
         "stale_proxy": stale_units(findings, "nox_proxy"),
         "in_the_way": in_the_way(findings, record),
+        "release": kept_release(findings, record),
         "about": {key: value for key, value in record.get("about", {}).items() if key != "patterns"},
         "ids": {
             name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()
         },
     }
+
+
+def kept_release(findings: list[Finding], record: Record) -> dict[str, str]:
+    """The release that a repair is to keep, where the role of releases has to run: its id, and its archive's SHA-256, "" for an
+    archive that is lost or isn't what its name says. Empty where another one has to be made: for another Python, or for a host
+    of which nobody knows what it ran."""
+    current = ROOT / "current"
+    name = record.get("release") or (current.readlink().name if current.is_symlink() else "")
+    if not name or "nox_release" not in owners_of(findings) or any(one.id == "release.python" for one in findings):
+        return {}
+    try:
+        digest = digest_of_file(ROOT / f"archives/{name}.tar.gz")
+    except OSError:
+        digest = ""
+    return {"id": name, "sha256": digest if digest.startswith(name.rpartition("-")[2]) else ""}
 
 
 def light(findings: list[Finding], role: str) -> bool:

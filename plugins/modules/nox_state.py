@@ -93,6 +93,12 @@ stale_proxy:
   description: The proxy's unit, if it runs another configuration than the one on disk.
   returned: always
   type: list
+release:
+  description:
+    - Where the release has to be mended, the one to keep, C(id) and C(sha256) of its archive on the host, the latter empty if that
+      is lost or damaged. Empty where another one is needed, or none is known.
+  returned: always
+  type: dict
 in_the_way:
   description: Whether O(state=cleared) has something to do before the roles run.
   returned: always

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from ansible_collections.nox.platform.plugins.callback import nox_report
 from ansible_collections.nox.platform.plugins.module_utils import host_state, release_files, releases
+from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of
 from ansible_collections.nox.platform.plugins.modules import nox_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "playbooks"))
@@ -328,6 +329,42 @@ def test_a_lost_history_of_releases_comes_back_from_the_record(tmp_path: Path) -
     for text in ("", "[]", "{}", '{"manifest": 1}', '{"manifest": [1]}'):
         (tmp_path / "state.json").write_text(text)
         assert releases.recovered_manifest(tmp_path / "state.json") == []
+
+
+class TestReleaseToKeep:
+    """What a repair mends a release with: the one on record, from its own archive."""
+
+    @pytest.fixture
+    def archive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(host_state, "ROOT", tmp_path)
+        (tmp_path / "archives").mkdir()
+        digest = digest_of(b"archive")
+        path = tmp_path / f"archives/1.0-{digest[:12]}.tar.gz"
+        path.write_bytes(b"archive")
+        return path
+
+    @staticmethod
+    def kept(name: str, *ids: str) -> dict[str, str]:
+        findings = [host_state.Finding(one, "nox_release", "x", "a", "b") for one in ids]
+        return host_state.kept_release(findings, {"release": name} if name else {})
+
+    def test_by_its_archive(self, archive: Path) -> None:
+        name = archive.name.removesuffix(".tar.gz")
+        assert self.kept(name, "release.damaged") == {"id": name, "sha256": digest_of(b"archive")}
+        archive.write_bytes(b"other")
+        assert self.kept(name, "release.damaged") == {"id": name, "sha256": ""}
+        archive.unlink()
+        assert self.kept(name, "release.damaged") == {"id": name, "sha256": ""}
+
+    def test_without_a_record_by_the_link(self, archive: Path) -> None:
+        assert self.kept("", "release.damaged") == {}
+        (host_state.ROOT / "current").symlink_to(f"releases/{archive.name.removesuffix('.tar.gz')}")
+        assert self.kept("", "release.damaged")["sha256"] == digest_of(b"archive")
+
+    def test_none_where_the_role_has_nothing_to_do_or_needs_another(self, archive: Path) -> None:
+        name = archive.name.removesuffix(".tar.gz")
+        assert self.kept(name) == {}
+        assert self.kept(name, "release.damaged", "release.python") == {}
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,24 @@ def test_a_good_release(noxes: list[Nox], tree: Any) -> None:
         assert set(one.run("ls /opt/nox/releases").split()) == {before, one.release()}
 
 
+def test_a_repair_changes_no_version(noxes: list[Nox]) -> None:
+    """These hosts run a release that isn't this checkout's: its own archive mends it, and nothing else may."""
+    releases = [one.release() for one in noxes]
+    damage = "rm -r /opt/nox/current/venv/lib/python3*/site-packages/fastapi"
+    for one in noxes:
+        one.run(damage)
+    play("repair")
+    assert [one.release() for one in noxes] == releases
+    one, archive = noxes[0], f"{releases[0]}.tar.gz"
+    one.run(f"{damage} && mv /opt/nox/archives/{archive} /var/tmp")
+    assert "A repair changes no version" in play("repair", wanted=2)
+    assert one.release() == releases[0] and one.run("ls /opt/nox/archives/1.*; true") == ""
+    one.run(f"mv /var/tmp/{archive} /opt/nox/archives")
+    play("repair")
+    assert [one.release() for one in noxes] == releases
+    assert play("drift").count("changed=0") == 2
+
+
 def test_a_release_that_cannot_be_loaded_is_not_switched_to(noxes: list[Nox], tree: Any) -> None:
     source = tree("unloadable", "nox_api/runs.py", "import json\n", "import json\nimport absent_module\n")
     before = [(one.release(), one.services(), one.manifest()) for one in noxes]
