@@ -45,11 +45,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not _faults:
         return
     terminalreporter.write_line("")
-    rows = [("fault", "expected", "got", ""), *_faults]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-        terminalreporter.write_line(line.rstrip())
+    for what, expected, got, word in _faults:
+        for name, text in ((word, what), ("expected:", expected), ("got:", got)):
+            terminalreporter.write_line(f"{name:>11}  {text}")
 
 
 @pytest.fixture(scope="session")
