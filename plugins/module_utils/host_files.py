@@ -13,7 +13,7 @@ from typing import Any
 from . import brought
 
 RECORD = "host_files"
-OURS = "managed by Ansible, role nox_harden"
+OURS = "managed by Ansible, role nox_"
 
 
 def recorded() -> dict[str, dict[str, Any]]:

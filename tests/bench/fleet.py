@@ -160,7 +160,9 @@ def stopped(inventory: Path, bundle: Path, limit: str) -> tuple[int, float]:
     tested = [
         step["started"] + step["seconds"]
         for step in journal.steps(found)
-        if step["host"] == canary and step["task"] == "Try the service as a client would" and step["outcome"] == "ok"
+        if step["host"] == canary
+        and step["task"] == "Try the service as a client would"
+        and step["outcome"] in ("ok", "changed")
     ]
     return len([row for row in rows.values() if row["state"] != "waiting"]), max(tested) - rows[canary]["ended"]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPSConnection
 from pathlib import Path
+from ssl import create_default_context
 
 import pytest
 from rollouts import (
@@ -21,6 +25,7 @@ from rollouts import (
     current,
     fleet,
     journal_states,
+    machine,
     noxctl,
     on,
     power_off,
@@ -48,6 +53,28 @@ def test_the_edge_installed_again_changes_nothing() -> None:
     words = ["ansible-playbook", "-i", str(INVENTORY), "playbooks/edge.yml"]
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"edge1 +: ok=\d+ +changed=0 ", done.stdout), done.stdout
+
+
+def test_no_connection_is_lost_while_the_edge_takes_over_another_list() -> None:
+    """Many at a time, thirty reloads: the kernel hands on those that the old socket had not accepted yet."""
+    over, address = threading.Event(), machine("edge1").address
+    trust = create_default_context(cafile=INVENTORY / ".ca/edge1.edge.crt")
+
+    def ask() -> int:
+        count = 0
+        while not over.is_set():
+            connection = HTTPSConnection(address, context=trust, timeout=30)
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 200
+            connection.close()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(ask) for _ in range(16)]
+        on("edge1", "for i in $(seq 30); do systemctl reload caddy.service; done")
+        over.set()
+    assert sum(one.result() for one in running) > 300
 
 
 @pytest.mark.fault("none", "exit 0, everywhere, no request lost")
