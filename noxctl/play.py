@@ -20,6 +20,7 @@ from noxctl.places import PLAYBOOKS, ROOT
 
 # Long outputs help nobody in a table; the whole is in the run's ansible.log.
 ERROR_CHARACTERS = 2000
+_PREFIX = "noxctl-"
 
 
 @dataclass
@@ -153,7 +154,8 @@ def play(
 
     ends: dict[str, End] = {}
     stats: dict[str, dict[str, int]] = {}
-    with tempfile.TemporaryDirectory(prefix="noxctl-") as place:
+    remove_leftovers(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as place:
         Path(place, "vars.json").write_text(json.dumps(variables or {}), encoding="utf-8")
         words = [*(["--check"] if options.check else []), *(["--diff"] if options.diff else [])]
         for path in options.vault:
@@ -221,6 +223,19 @@ def play(
     if not ends and found and found[0].status not in ("successful", "canceled"):
         raise PlayError(output.strip()[-ERROR_CHARACTERS:] or "ansible-playbook ended without a word")
     return ends
+
+
+def remove_leftovers(place: Path) -> None:
+    """What a noxctl of this user that was killed has left: its directory bears its process's number."""
+    for left in place.glob(f"{_PREFIX}[0-9]*-*"):
+        pid = int(left.name.removeprefix(_PREFIX).partition("-")[0])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            if left.stat().st_uid == os.geteuid():
+                shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            continue  # somebody else's, and alive
 
 
 class PlayError(Exception):

@@ -9,9 +9,13 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 
-def leave(module: AnsibleModule, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Ends the module with what it answers to its own options and check_mode."""
-    found = {"changed": False, "sent": True, **answer({**module.params, "check_mode": module.check_mode})}
+def run_module(arguments: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """All of a module: its options, checked by `arguments`, and check_mode, to answer(), and what that says to Ansible."""
+    module = AnsibleModule(**arguments, supports_check_mode=True)
+    try:
+        found = {"changed": False, "sent": True, **answer({**module.params, "check_mode": module.check_mode})}
+    except OSError as error:  # a full disk, a file that vanished: in its own words, as on_host.py says it, too
+        module.fail_json(msg=str(error), sent=True)
     if found.pop("failed", False):
         module.fail_json(**found)
     module.exit_json(**found)

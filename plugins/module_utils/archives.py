@@ -25,15 +25,7 @@ def directory(path: Path, check_mode: bool) -> bool:
 
 
 def answer(options: dict[str, Any]) -> dict[str, Any]:
-    """What nox_archive returns; `options` are its own, checked, and check_mode."""
-    try:
-        return bring(options)
-    except OSError as error:
-        return {"failed": True, "msg": f"{error.filename or options['root'] + '/archives'}: {error.strerror or error}"}
-
-
-def bring(options: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises OSError."""
+    """What nox_archive returns; `options` are its own, checked, and check_mode. Raises OSError."""
     root, sha256, check_mode = Path(options["root"]), options["sha256"], options["check_mode"]
     archive = root / "archives" / f"{options['id']}.tar.gz"
     partial = archive.with_name(f".{archive.name}.part")

@@ -3,53 +3,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import releases
-from .host_state import show_units
-from .units import last_words
+from .commands import ENVIRONMENT
+from .units import last_words, show
 
 SMOKE = "/usr/local/share/nox/tests/smoke.sh"
 # The tests begin so long before the end of the watch, and take about as long: what breaks only after a while has broken by then.
 LEAD = 2.0
 LOOK_SECONDS = 0.1
+LONGEST = 300.0  # seconds after the watch; each request of the tests gives up by itself after 30
 
 
 class Refused(Exception):
     """The host doesn't pass; the message says what it showed."""
 
 
-def begin(url: str, ca: str) -> subprocess.Popen[str]:
+def begin(url: str, ca: str, output: IO[str]) -> subprocess.Popen[bytes]:
     """The smoke tests, as the leader of a process group of their own. They read the token from the host's configuration."""
     return subprocess.Popen(
         ["bash", SMOKE],
-        env={**os.environ, "NOX_URL": url, "NOX_CA": ca},
+        env={**ENVIRONMENT, "NOX_URL": url, "NOX_CA": ca},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,
     )
 
 
-def end(tests: subprocess.Popen[str]) -> None:
-    """Ends tests that are of no interest any more; they tidy up."""
-    try:
-        os.killpg(tests.pid, signal.SIGTERM)
-        tests.communicate(timeout=10)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
+def end(tests: subprocess.Popen[bytes]) -> None:
+    """Ends tests that are of no interest any more; they have ten seconds to tidy up."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(tests.pid, number)
+            tests.wait(timeout=10)
+            return
 
 
 def states(units: list[str]) -> dict[str, str]:
     """Unit → main process, 0 for what has none. Raises Refused for one that isn't up."""
-    shown = show_units(units) if units else {}
+    shown = show(units) if units else {}
     for name in units:
         found = shown.get(name, {})
         if found.get("ActiveState") not in ("active", "reloading"):
@@ -76,25 +77,29 @@ def watch(options: dict[str, Any]) -> str:
     first = states(options["units"])
     over = time.monotonic() + options["seconds"]
     tests = None
-    try:
-        while tests is None or tests.poll() is None or time.monotonic() < over:
-            if tests is None and time.monotonic() >= over - LEAD:
-                tests = begin(options["url"], options["ca"])
-            if tests and tests.poll():
-                break
-            if not all(alive(pid) for pid in first.values()):
-                time.sleep(3 * LOOK_SECONDS)  # until systemd has noticed, and the journal has it
-                break
-            time.sleep(LOOK_SECONDS)
-        last = states(options["units"])
-        if changed := [name for name, pid in first.items() if last[name] != pid or not alive(pid)]:
-            raise Refused(f"{changed[0]} was restarted while it was watched\n{last_words(changed)}")
-        report = tests.communicate()[0] if tests else ""
-        if tests is None or tests.returncode != 0:
-            raise Refused(f"The smoke tests failed: {failures(report)}")
-    finally:
-        if tests and tests.poll() is None:
-            end(tests)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        try:
+            while tests is None or tests.poll() is None or time.monotonic() < over:
+                if tests is None and time.monotonic() >= over - LEAD:
+                    tests = begin(options["url"], options["ca"], output)
+                if tests and tests.poll():
+                    break
+                if not all(alive(pid) for pid in first.values()):
+                    time.sleep(3 * LOOK_SECONDS)  # until systemd has noticed, and the journal has it
+                    break
+                if time.monotonic() > over + LONGEST:
+                    raise Refused(f"The smoke tests don't end: {SMOKE}")
+                time.sleep(LOOK_SECONDS)
+            last = states(options["units"])
+            if changed := [name for name, pid in first.items() if last[name] != pid or not alive(pid)]:
+                raise Refused(f"{changed[0]} was restarted while it was watched\n{last_words(changed)}")
+        finally:
+            if tests and tests.poll() is None:
+                end(tests)
+        output.seek(0)
+        report = output.read()
+    if tests is None or tests.returncode != 0:
+        raise Refused(f"The smoke tests failed: {failures(report)}")
     return report
 
 

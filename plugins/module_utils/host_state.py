@@ -18,17 +18,18 @@ import shutil
 import socket
 import ssl
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import host_files, kernel_settings
+from . import host_files, kernel_settings, releases
+from .commands import run
 from .digests import digest_of, digest_of_file
 from .release_files import changed_files, read_manifest, read_release, release_problem
 from .settings_file import LINE, parse_settings, token_state
+from .units import show as show_units
 
 VERSION = 1  # of the record's shape; another one counts as no record
 ROLES = (
@@ -63,6 +64,7 @@ PACKAGE = (
     "__init__",
     "archives",
     "brought",
+    "commands",
     "digests",
     "host_files",
     "host_gate",
@@ -147,9 +149,6 @@ HARDENED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "/etc/systemd/system/nox-mounts.service": ((), ("nox-mounts.service",)),
 }
-UNIT_PROPERTIES = (
-    "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,NRestarts,InactiveEnterTimestampMonotonic"
-)
 LEAST_FREE = 0.03  # of a file system's space or inodes: below this runs and uploads begin to fail
 IMMUTABLE = 0x10  # FS_IMMUTABLE_FL of include/uapi/linux/fs.h
 GETFLAGS = 0x80086601  # FS_IOC_GETFLAGS there, on 64-bit hosts
@@ -184,23 +183,8 @@ class Finding(NamedTuple):  # a dataclass would take a tenth of the check to imp
     since: str = ""
 
 
-# Whoever starts nox-debug as root may have another PATH.
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "LC_ALL": "C.UTF-8",
-}
-
 Findings = Iterator[Finding]
 Record = dict[str, Any]
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """One command; a program that isn't there is status 127, as in a shell."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=30, env=ENVIRONMENT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(words, 127, "", str(error))
 
 
 # ── Paths
@@ -441,14 +425,6 @@ def compare_manifest(recorded: str) -> Findings:
 
 
 # ── Units and sockets
-
-
-def show_units(names: list[str]) -> dict[str, dict[str, str]]:
-    """Unit → its properties, for all in one call; empty where systemd doesn't answer."""
-    ran = run("systemctl", "show", f"--property={UNIT_PROPERTIES}", *names)
-    blocks = [block for block in ran.stdout.strip().split("\n\n") if block]
-    shown = [dict(line.split("=", 1) for line in block.splitlines()) for block in blocks]
-    return dict(zip(names, shown))  # noqa: B905  Python 3.9's zip has no strict=
 
 
 def started(pid: str) -> float:
@@ -928,27 +904,12 @@ def answer_of(verdict: str, findings: list[Finding], record: Record) -> dict[str
         "stale": list(NOX_UNITS) if stale_units(findings, "nox_service") else [],
         "stale_proxy": stale_units(findings, "nox_proxy"),
         "in_the_way": in_the_way(findings, record),
-        "release": kept_release(findings, record),
+        "release": releases.kept(ROOT, record) if "nox_release" in owners_of(findings) else {},
         "about": {key: value for key, value in record.get("about", {}).items() if key != "patterns"},
         "ids": {
             name: {key: entry[key] for key in ("uid", "gid")} for name, entry in record.get("accounts", {}).items()
         },
     }
-
-
-def kept_release(findings: list[Finding], record: Record) -> dict[str, str]:
-    """The release that a repair is to keep, where the role of releases has to run: its id, and its archive's SHA-256, "" for an
-    archive that is lost or isn't what its name says. Empty where another one has to be made: for another Python, or for a host
-    of which nobody knows what it ran."""
-    current = ROOT / "current"
-    name = record.get("release") or (current.readlink().name if current.is_symlink() else "")
-    if not name or "nox_release" not in owners_of(findings) or any(one.id == "release.python" for one in findings):
-        return {}
-    try:
-        digest = digest_of_file(ROOT / f"archives/{name}.tar.gz")
-    except OSError:
-        digest = ""
-    return {"id": name, "sha256": digest if digest.startswith(name.rpartition("-")[2]) else ""}
 
 
 def light(findings: list[Finding], role: str) -> bool:

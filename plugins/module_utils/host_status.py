@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import host_state
+from . import host_state, units
 from .local_api import CONFIG, Unanswered, call
 from .release_files import read_manifest
 
@@ -110,7 +110,7 @@ def median_run(count: int) -> float | None:
 def look(probe: int, about: dict[str, Any]) -> dict[str, Any]:
     """What nox_status says of the host itself; `about` as it is recorded."""
     found: dict[str, Any] = {"installed": CONFIG.exists() and (host_state.ROOT / "current").is_symlink(), **releases()}
-    states = host_state.show_units(list(UNITS))
+    states = units.show(list(UNITS))
     problems = [
         f"{name} is {values.get('ActiveState')} ({values.get('SubState')})"
         for name, values in states.items()

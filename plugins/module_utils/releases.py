@@ -10,21 +10,24 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import release_files
+from .commands import run
 from .digests import digest_of, digest_of_file
 from .release_files import (
     BROUGHT,
     MADE,
     Unlisted,
     brought_problem,
+    foreign_writer,
     read_made,
     read_manifest,
     read_release,
@@ -52,10 +55,6 @@ class Wanted(NamedTuple):
     record: str
     state: str
     check_mode: bool
-
-
-def run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", check=False)
 
 
 def extract(archive: bytes, scratch: Path) -> dict[str, str]:
@@ -89,8 +88,8 @@ def extract(archive: bytes, scratch: Path) -> dict[str, str]:
 
 
 def write(path: str, content: bytes, mode: int = 0o644) -> None:
-    """A new file."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb", buffering=0) as handle:  # noqa: PTH123
+    """A new file, all of it: what isn't buffered may be written in part without a word, on a disk that fills."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as handle:  # noqa: PTH123
         handle.write(content)
 
 
@@ -109,12 +108,12 @@ def unpack(root: Path, archive: Path, sha256: str, directory: Path) -> None:
         try:
             found = extract(data, scratch)
             release = read_release(scratch)
-        except (Failed, Unlisted, tarfile.TarError, EOFError, ValueError) as problem:
+        except (Failed, Unlisted, tarfile.TarError, zlib.error, EOFError, ValueError) as problem:
             raise Failed(f"{archive}: {problem}") from problem
         del found[BROUGHT]
         if wrong := sorted(name for name, _ in set(found.items()) ^ set(release["files"].items())):
             raise Failed(f"{archive}: {wrong[0]} is not as its list says")
-        compile_all(root, scratch, release)
+        compile_all(root, scratch, directory, release)
         write_made(scratch)
         try_out(scratch)
         if directory.exists():
@@ -130,10 +129,12 @@ def unpack(root: Path, archive: Path, sha256: str, directory: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def compile_all(root: Path, scratch: Path, release: dict[str, Any]) -> None:
-    """Compiles a release where it lies, once: the services can't write below it, and would compile at every start."""
+def compile_all(root: Path, scratch: Path, directory: Path, release: dict[str, Any]) -> None:
+    """Compiles a release, which is to be `directory`, where it lies, once: the services can't write below it, and would
+    compile at every start."""
     packages = f"venv/lib/python{release['python']}/site-packages"
-    carried = carry_over(root, scratch, release["files"])
+    others = [root / "releases" / name for name in complete_releases(root)[0] if name != directory.name]
+    carried = carry_over(others, scratch, release["files"])
     left = [
         f"{scratch}/{name}"
         for name in release["files"]
@@ -146,28 +147,31 @@ def compile_all(root: Path, scratch: Path, release: dict[str, Any]) -> None:
     command += ["-s", str(scratch), "-p", str(root / "current")]
     # a list of files is compiled by one process, a directory by one per core
     command += ["-i", "-"] if carried else ["-j", "0", "-x", PIP.pattern, str(scratch / packages)]
-    ran = run(command, "".join(f"{name}\n" for name in left))
+    ran = run(*command, seconds=None, text="".join(f"{name}\n" for name in left))
     if ran.returncode != 0:
         told = (ran.stdout + ran.stderr).strip()[-800:]
         raise Failed(f"Python {release['python']} on this host can't compile the release: {told}")
 
 
-def carry_over(root: Path, scratch: Path, sources: dict[str, str]) -> set[str]:
-    """Takes what was compiled from the very same sources for a release that is here, and returns those sources.
+def carry_over(others: list[Path], scratch: Path, sources: dict[str, str]) -> set[str]:
+    """Takes what was compiled from the very same sources for other releases, and returns those sources.
 
     Most of a release is what the one before has, too, and compiling takes longer than all else. What is taken has the
-    digest that it had when it was compiled. Python finds it by its own version in the name, and sets the path right itself.
+    digest that it had when it was compiled, by a list that none but root could write; the release that is being replaced is
+    no source, so what is unpacked again is compiled again. Python finds it by its own version in the name, and sets the path
+    right itself.
     """
     carried: set[str] = set()
-    for name in complete_releases(root)[0]:
-        earlier = root / "releases" / name
+    for earlier in others:
         try:
             known, made = read_release(earlier)["files"], read_made(earlier)
-            if made[BROUGHT] != digest_of_file(earlier / BROUGHT):
+            if made[BROUGHT] != digest_of_file(earlier / BROUGHT) or foreign_writer(
+                list(release_files.entries(earlier))
+            ):
                 continue
         except (Unlisted, OSError):
             continue
-        for compiled, digest in made.get("digests", {}).items():
+        for compiled, digest in made["digests"].items():
             source = COMPILED.sub(r"\1.py", compiled)
             if source in carried or source not in sources or known.get(source) != sources[source]:
                 continue
@@ -187,7 +191,7 @@ def try_out(tree: Path) -> None:
     """A release that can't even be imported is refused while the old one goes on running. Nobody's rights suffice."""
     for name in ("nox_api", "nox_runner"):
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
-        ran = run([*command, str(tree / "venv/bin/python3"), "-I", "-m", name, "--version"])
+        ran = run(*command, str(tree / "venv/bin/python3"), "-I", "-m", name, "--version", seconds=None)
         if ran.returncode != 0:
             raise Failed(
                 f"This release can't be loaded ({name}): {ran.stderr.strip()[-800:]}\n"
@@ -270,6 +274,57 @@ def prunable(entries: list[dict[str, Any]], there: list[str], current: str, keep
     return surplus[max(0, keep - len(spared & set(there))) :]
 
 
+def kept(root: Path, record: dict[str, Any]) -> dict[str, str]:
+    """The release that a repair is to keep: its id, and its archive's SHA-256, "" for an archive that is lost or isn't what its
+    name says. Empty where another one has to be made: for another Python, or on a host of which nobody knows what it ran.
+
+    What was switched to last counts, then what is on record, then the link: a way back that was not tested, or a playbook
+    that was killed, left the record behind. Never one whose tests failed when they were last run.
+    """
+    activations = read_manifest(root / "manifest.json") or whole_manifest(record.get("manifest"))
+    judged = outcomes(activations)
+    names = [one["release"] for one in activations[-1:]] + [
+        record.get("release"),
+        Path(target_of(root / "current")).name,
+    ]
+    names = [name for name in dict.fromkeys(names) if name and judged.get(name, True)]
+    archives, unpacked = root / "archives", root / "releases"
+    there = [name for name in names if (unpacked / name).is_dir() or (archives / f"{name}.tar.gz").exists()]
+    if not (there or names):
+        return {}
+    name = (there or names)[0]
+    digest, target = archive_of(archives / f"{name}.tar.gz")
+    if not digest.startswith(name.rpartition("-")[2]):
+        digest, target = "", made_for(unpacked / name)
+    return {"id": name, "sha256": digest} if target is None or runs_here(*target) else {}
+
+
+def archive_of(path: Path) -> tuple[str, tuple[str, str] | None]:
+    """An archive's SHA-256 and the (Python, machine) it was made for; ("", None) for what is none."""
+    try:
+        digest = digest_of_file(path)
+        with tarfile.open(path) as tar:
+            handle = tar.extractfile(BROUGHT)
+            about = json.loads(handle.read() if handle else b"")
+        return digest, (str(about["python"]), str(about["arch"]))
+    except (OSError, tarfile.TarError, zlib.error, EOFError, ValueError, LookupError, TypeError):
+        return "", None
+
+
+def runs_here(python: str, arch: str) -> bool:
+    """Whether this host has what a release was made for."""
+    return os.access(f"/usr/bin/python{python}", os.X_OK) and arch == os.uname().machine
+
+
+def made_for(directory: Path) -> tuple[str, str] | None:
+    """The (Python, machine) of an unpacked release; None where its list can't be read."""
+    try:
+        about = read_release(directory)
+    except Unlisted:
+        return None
+    return about["python"], about["arch"]
+
+
 def judge(wanted: Wanted, entries: list[dict[str, Any]]) -> list[str]:
     """Records what came of the tests of the release that was switched to last."""
     last = entries[-1] if entries else None
@@ -324,7 +379,9 @@ def held(root: Path) -> Iterator[None]:
             except BlockingIOError:
                 time.sleep(0.2)
         else:
-            raise Failed(f"Another run has been changing releases in {root} for two minutes: ps -ef | grep nox_release")
+            raise Failed(
+                f"Another run has been changing releases in {root} for two minutes: ps -ef | grep -E 'nox_release|nox-host-state'"
+            )
         yield
     finally:
         os.close(descriptor)

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
-PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload", "MainPID")
+from .commands import run
+
+PROPERTIES = (
+    "Id,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,MainPID,NRestarts,InactiveEnterTimestampMonotonic"
+)
 
 
 class Failed(Exception):
     """A unit isn't as wanted; the message says why, and what its journal says."""
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
 
 
 def last_words(names: list[str], lines: int = 30) -> str:
@@ -28,15 +27,11 @@ def last_words(names: list[str], lines: int = 30) -> str:
 
 
 def show(names: list[str]) -> dict[str, dict[str, str]]:
-    """Unit → properties, for all units in one call. Blocks come in the order asked. Raises Failed."""
-    ran = run("systemctl", "show", f"--property={','.join(PROPERTIES)}", *names)
-    if ran.returncode != 0:
-        raise Failed(f"systemd doesn't answer: {ran.stderr.strip()}")
+    """Unit → its properties, for all in one call; empty where systemd doesn't answer."""
+    ran = run("systemctl", "show", f"--property={PROPERTIES}", *names)
     blocks = [block for block in ran.stdout.strip().split("\n\n") if block]
-    return {
-        name: dict(line.split("=", 1) for line in block.splitlines())
-        for name, block in zip(names, blocks)  # noqa: B905  Python 3.9's zip has no strict=
-    }
+    shown = [dict(line.split("=", 1) for line in block.splitlines()) for block in blocks]
+    return dict(zip(names, shown))  # noqa: B905  Python 3.9's zip has no strict=
 
 
 def plan(units: dict[str, dict[str, str]], state: str) -> list[list[str]]:
@@ -77,6 +72,8 @@ def plan(units: dict[str, dict[str, str]], state: str) -> list[list[str]]:
 def change(names: list[str], state: str, lines: int, dry: bool) -> dict[str, Any]:
     """What nox_units returns when it doesn't fail. Raises Failed."""
     units = show(names)
+    if len(units) < len(names):
+        raise Failed(f"systemd says nothing of {', '.join(name for name in names if name not in units)}")
     actions = plan(units, state)
 
     def told(which: list[str], what: str) -> Failed:
@@ -84,13 +81,13 @@ def change(names: list[str], state: str, lines: int, dry: bool) -> dict[str, Any
 
     if not dry:
         for action in actions:
-            ran = run("systemctl", *action)
+            ran = run("systemctl", *action, seconds=None)
             if ran.returncode != 0:
                 raise told(names, f"systemctl {' '.join(action)}: {ran.stderr.strip()}")
         if actions and state != "stopped":
             after = show(names)
             wanted = names if state != "reloaded" else [n for n in names if units[n]["ActiveState"] == "active"]
-            down = [n for n in wanted if after[n]["ActiveState"] != "active"]
+            down = [n for n in wanted if after.get(n, {}).get("ActiveState") != "active"]
             if down:
                 raise told(down, f"{' '.join(down)} did not come up")
     done = [f"systemctl {' '.join(action)}" for action in actions]

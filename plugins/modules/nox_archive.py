@@ -69,9 +69,8 @@ sent:
   type: bool
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import archives
-from ansible_collections.nox.platform.plugins.module_utils.answers import leave
+from ansible_collections.nox.platform.plugins.module_utils.answers import run_module
 
 ARGUMENTS = {
     "argument_spec": {
@@ -85,4 +84,4 @@ ARGUMENTS = {
 }
 
 if __name__ == "__main__":
-    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), archives.answer)
+    run_module(ARGUMENTS, archives.answer)

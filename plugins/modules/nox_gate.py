@@ -63,9 +63,8 @@ sent:
   type: bool
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import host_gate
-from ansible_collections.nox.platform.plugins.module_utils.answers import leave
+from ansible_collections.nox.platform.plugins.module_utils.answers import run_module
 
 ARGUMENTS = {
     "argument_spec": {
@@ -80,4 +79,4 @@ ARGUMENTS = {
 }
 
 if __name__ == "__main__":
-    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), host_gate.answer)
+    run_module(ARGUMENTS, host_gate.answer)

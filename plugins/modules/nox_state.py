@@ -130,9 +130,8 @@ host:
   sample: {python: "3.10", arch: x86_64, free_mib: {/opt: 20480}}
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import host_state
-from ansible_collections.nox.platform.plugins.module_utils.answers import leave
+from ansible_collections.nox.platform.plugins.module_utils.answers import run_module
 
 ARGUMENTS = {
     "argument_spec": {
@@ -146,4 +145,4 @@ ARGUMENTS = {
 }
 
 if __name__ == "__main__":
-    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), host_state.answer)
+    run_module(ARGUMENTS, host_state.answer)

@@ -54,7 +54,7 @@ findings:
   returned: always
   type: list
 about:
-  description: As M(nox.platform.nox_state) returns it, as is all else that it returns.
+  description: As M(nox.platform.nox_state) returns it, as is all else but C(host).
   returned: always
   type: dict
 sent:
@@ -63,11 +63,10 @@ sent:
   type: bool
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import host_status
-from ansible_collections.nox.platform.plugins.module_utils.answers import leave
+from ansible_collections.nox.platform.plugins.module_utils.answers import run_module
 
 ARGUMENTS = {"argument_spec": {"probe": {"type": "int", "default": 0}}}
 
 if __name__ == "__main__":
-    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), host_status.answer)
+    run_module(ARGUMENTS, host_status.answer)

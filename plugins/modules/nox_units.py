@@ -53,9 +53,8 @@ sent:
   type: bool
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils import units
-from ansible_collections.nox.platform.plugins.module_utils.answers import leave
+from ansible_collections.nox.platform.plugins.module_utils.answers import run_module
 
 ARGUMENTS = {
     "argument_spec": {
@@ -66,4 +65,4 @@ ARGUMENTS = {
 }
 
 if __name__ == "__main__":
-    leave(AnsibleModule(**ARGUMENTS, supports_check_mode=True), units.answer)
+    run_module(ARGUMENTS, units.answer)

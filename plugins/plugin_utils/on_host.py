@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ansible import constants as C
 from ansible.plugins.action import ActionBase
 from ansible_collections.nox.platform.plugins.module_utils.host_state import PACKAGE
 
@@ -25,7 +26,12 @@ CODE = """
 import importlib, json, sys
 place, name, options = sys.argv[1:]
 sys.path.append(place)
-print(json.dumps(importlib.import_module(f"host_state.{name}").answer(json.loads(options))))
+logic = importlib.import_module(f"host_state.{name}")
+try:
+    found = logic.answer(json.loads(options))
+except OSError as error:  # as module_utils/answers.py says it
+    found = {"failed": True, "msg": str(error)}
+print(json.dumps(found))
 """
 
 
@@ -72,11 +78,18 @@ def command(python: str, name: str, options: dict[str, Any], environment: str = 
     return f"printf %s {shlex.quote(digests())} | sha256sum --check --status && {run}"
 
 
+def interpreter(variables: dict[str, Any]) -> str:
+    """The one that modules are run with on this host, or will be when Ansible has looked for it: then the system's."""
+    facts = variables.get("ansible_facts") or {}
+    told = variables.get("ansible_python_interpreter") or C.config.get_config_value("INTERPRETER_PYTHON")
+    return str(facts.get("discovered_interpreter_python", "/usr/bin/python3") if str(told).startswith("auto") else told)
+
+
 def ask(
     action: ActionBase, task_vars: dict[str, Any] | None, name: str, options: dict[str, Any]
 ) -> dict[str, Any] | None:
     """What answer() of `name` says in the host's own copy; None where it has to be sent. Raises what a connection raises."""
-    python = str((task_vars or {}).get("ansible_python_interpreter") or "/usr/bin/python3")
+    python = interpreter(task_vars or {})
     environment = action._compute_environment_string()  # the playbook's keyword `environment`
     done = action._low_level_execute_command(command(python, name, options, environment))
     try:

@@ -23,7 +23,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]
         state = "active" if Path("/proc", str(process.pid)).exists() else "failed"
         return {name: {"ActiveState": state, "SubState": "-", "MainPID": str(process.pid)} for name in names}
 
-    monkeypatch.setattr(host_gate, "show_units", shown)
+    monkeypatch.setattr(host_gate, "show", shown)
     monkeypatch.setattr(host_gate, "last_words", lambda names: f"journal of {names[0]}")
     yield process
     process.kill()
@@ -81,7 +81,7 @@ def test_a_service_with_another_process_was_restarted(
 ) -> None:
     pids = iter([str(service.pid), "1"])
     monkeypatch.setattr(
-        host_gate, "show_units", lambda names: {"nox.service": {"ActiveState": "active", "MainPID": next(pids)}}
+        host_gate, "show", lambda names: {"nox.service": {"ActiveState": "active", "MainPID": next(pids)}}
     )
     assert "nox.service was restarted while it was watched" in gate(monkeypatch, tmp_path, "echo ok")["msg"]
 

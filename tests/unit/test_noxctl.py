@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from noxctl import journal as journal_module
 from noxctl import report, rollout
 from noxctl.journal import Journal, Locked, locked
-from noxctl.play import End, Event, Options, PlayError, error_text, fleet, note, read
+from noxctl.play import End, Event, Options, PlayError, error_text, fleet, note, read, remove_leftovers
 from noxctl.rollout import Unusable, deal, exit_code, judge, read_bundle, status_of
 from noxctl.view import Lines, Screen, Total, printable
 
@@ -258,6 +259,16 @@ def test_the_ansible_of_a_killed_controller_is_ended(tmp_path: Path, monkeypatch
 
 
 # ── What a person sees
+
+
+def test_what_a_killed_controller_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = {f"noxctl-{gone.pid}-a": False, f"noxctl-{os.getpid()}-b": True, "noxctl-1-c": True, "noxctl-old": True}
+    for name in names:
+        (tmp_path / name / "artifacts").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
 
 
 def test_the_whole_of_a_rollout_is_drawn_and_said() -> None:

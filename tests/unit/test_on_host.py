@@ -102,6 +102,33 @@ def test_the_playbooks_environment_reaches_it(there: Path, tmp_path: Path, monke
     assert found and (found["TMPDIR"], found["OTHER"]) == ("/run/a b", "x")
 
 
+def test_an_error_of_the_system_is_told_in_its_own_words(there: Path, tmp_path: Path) -> None:
+    """It is no reason to send the module, which would do all of it again."""
+    told = {"root": str(tmp_path / "file/root"), "id": "1-a", "sha256": "", "piece": None, "check_mode": False}
+    (tmp_path / "file").touch()
+    action = Action()
+    found = on_host.ask(action, {"ansible_python_interpreter": sys.executable}, "archives", told)  # type: ignore[arg-type]
+    assert found and found["failed"] and "Not a directory" in found["msg"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "configured", "expected"),
+    [
+        ({"ansible_python_interpreter": "/a"}, "/b", "/a"),
+        ({}, "/b", "/b"),
+        ({}, "auto", "/usr/bin/python3"),
+        ({"ansible_python_interpreter": "auto_silent"}, "/b", "/usr/bin/python3"),
+        ({"ansible_facts": {"discovered_interpreter_python": "/c"}}, "auto", "/c"),
+        ({"ansible_facts": {"discovered_interpreter_python": "/c"}}, "/b", "/b"),
+    ],
+)
+def test_the_interpreter_is_the_one_that_modules_have(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, Any], configured: str, expected: str
+) -> None:
+    monkeypatch.setattr(on_host.C.config, "get_config_value", lambda name: configured)
+    assert on_host.interpreter(variables) == expected
+
+
 class TestAction:
     """What a task becomes: the host's answer, or the module."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,6 +325,18 @@ class TestUnpacking:
             releases.extract(self.archive(("lib", None, ""), ("a", "", ".."), (name, "x", "")), place)
         assert {path.name for path in tmp_path.iterdir()} == {"scratch"}
 
+    def test_a_disk_that_fills_is_noticed(self, tmp_path: Path) -> None:
+        """A single write may end in the middle without an error."""
+        code = (
+            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+            "from ansible_collections.nox.platform.plugins.module_utils import releases\n"
+            f"releases.write({str(tmp_path / 'file')!r}, b'x' * 9000)\n"
+        )
+        words = [sys.executable, "-c", f"import tests.unit.conftest\n{code}"]
+        done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert done.returncode != 0 and "File too large" in done.stderr, done.stderr
+
     @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
     def test_only_files_directories_and_links(self, tmp_path: Path, kind: bytes) -> None:
         buffer = io.BytesIO()
@@ -365,7 +379,9 @@ class TestCarryingOver:
     def carried(self, root: Path) -> set[str]:
         (root / "scratch/lib").mkdir(parents=True)
         sources = {source: digest_of(source.encode()) for source in self.SOURCES}
-        return releases.carry_over(root, root / "scratch", {**sources, "lib/changed.py": "1", "lib/new.py": "2"})
+        return releases.carry_over(
+            [root / "releases/1"], root / "scratch", {**sources, "lib/changed.py": "1", "lib/new.py": "2"}
+        )
 
     def test_of_the_same_source_and_undamaged(self, earlier: Path, tmp_path: Path) -> None:
         assert self.carried(tmp_path) == {"lib/same.py"}
@@ -378,6 +394,24 @@ class TestCarryingOver:
         listed = json.loads((earlier / name).read_text())
         (earlier / name).write_text(json.dumps({**listed, "RELEASE.json": "another"}))
         assert self.carried(tmp_path) == set()
+
+    @pytest.mark.parametrize("name", ["UNPACKED.json", "lib/__pycache__/same.cpython-310.pyc", "lib", "."])
+    def test_nothing_of_a_release_that_others_could_write(self, earlier: Path, tmp_path: Path, name: str) -> None:
+        """Who can write the list can write what it lists: planted code must not outlive a repair."""
+        (earlier / name).chmod(0o777)
+        assert self.carried(tmp_path) == set()
+
+    def test_what_is_replaced_is_no_source(
+        self, earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[list[Path]] = []
+        monkeypatch.setattr(releases, "carry_over", lambda others, *_: asked.append(others) or set())
+        monkeypatch.setattr(releases, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+        release = {"python": "3.10", "files": {"venv/lib/python3.10/site-packages/a.py": "x"}}
+        (tmp_path / "releases/2").mkdir()
+        for name in ("1", "2", "3"):
+            releases.compile_all(tmp_path, tmp_path / "scratch", tmp_path / "releases" / name, release)
+        assert [[path.name for path in others] for others in asked] == [["2"], ["1"], ["1", "2"]]
 
     def test_nothing_where_no_digests_were_kept(self, earlier: Path, tmp_path: Path) -> None:
         listed = json.loads((earlier / "UNPACKED.json").read_text())

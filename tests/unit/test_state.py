@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -332,39 +334,93 @@ def test_a_lost_history_of_releases_comes_back_from_the_record(tmp_path: Path) -
 
 
 class TestReleaseToKeep:
-    """What a repair mends a release with: the one on record, from its own archive."""
+    """What a repair mends a release with: the one that the host was switched to last, from its own archive."""
 
-    @pytest.fixture
-    def archive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(host_state, "ROOT", tmp_path)
-        (tmp_path / "archives").mkdir()
-        digest = digest_of(b"archive")
-        path = tmp_path / f"archives/1.0-{digest[:12]}.tar.gz"
-        path.write_bytes(b"archive")
-        return path
+    HERE: ClassVar = (f"{sys.version_info.major}.{sys.version_info.minor}", os.uname().machine)
+
+    @pytest.fixture(autouse=True)
+    def pythons(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(releases, "runs_here", lambda *target: target == self.HERE)
 
     @staticmethod
-    def kept(name: str, *ids: str) -> dict[str, str]:
-        findings = [host_state.Finding(one, "nox_release", "x", "a", "b") for one in ids]
-        return host_state.kept_release(findings, {"release": name} if name else {})
+    def listed(target: tuple[str, str]) -> bytes:
+        return json.dumps({"python": target[0], "arch": target[1], "files": {}}).encode()
 
-    def test_by_its_archive(self, archive: Path) -> None:
-        name = archive.name.removesuffix(".tar.gz")
-        assert self.kept(name, "release.damaged") == {"id": name, "sha256": digest_of(b"archive")}
-        archive.write_bytes(b"other")
-        assert self.kept(name, "release.damaged") == {"id": name, "sha256": ""}
-        archive.unlink()
-        assert self.kept(name, "release.damaged") == {"id": name, "sha256": ""}
+    def archive(self, root: Path, version: str, target: tuple[str, str] = HERE) -> str:
+        """Its name, with which it lies there as it should."""
+        buffer, data = io.BytesIO(), self.listed(target)
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            entry = tarfile.TarInfo("RELEASE.json")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        name = f"{version}-{digest_of(buffer.getvalue())[:12]}"
+        (root / "archives").mkdir(exist_ok=True)
+        (root / f"archives/{name}.tar.gz").write_bytes(buffer.getvalue())
+        return name
 
-    def test_without_a_record_by_the_link(self, archive: Path) -> None:
-        assert self.kept("", "release.damaged") == {}
-        (host_state.ROOT / "current").symlink_to(f"releases/{archive.name.removesuffix('.tar.gz')}")
-        assert self.kept("", "release.damaged")["sha256"] == digest_of(b"archive")
+    @staticmethod
+    def switched(root: Path, *activations: tuple[str, str]) -> None:
+        """(release, "healthy", "failed" or "")…, oldest first; the link leads to the last."""
+        told = [
+            {"release": name, "since": "x", "healthy": "", **({word: "y"} if word else {})}
+            for name, word in activations
+        ]
+        (root / "manifest.json").write_text(json.dumps(told))
+        (root / "current").unlink(missing_ok=True)
+        (root / "current").symlink_to(f"releases/{activations[-1][0]}")
 
-    def test_none_where_the_role_has_nothing_to_do_or_needs_another(self, archive: Path) -> None:
-        name = archive.name.removesuffix(".tar.gz")
-        assert self.kept(name) == {}
-        assert self.kept(name, "release.damaged", "release.python") == {}
+    def test_by_its_archive(self, tmp_path: Path) -> None:
+        name = self.archive(tmp_path, "1.0")
+        path = tmp_path / f"archives/{name}.tar.gz"
+        assert releases.kept(tmp_path, {"release": name}) == {"id": name, "sha256": digest_of(path.read_bytes())}
+        for damaged in (b"other", path.read_bytes() + b"x"):
+            path.write_bytes(damaged)
+            assert releases.kept(tmp_path, {"release": name}) == {"id": name, "sha256": ""}
+        path.unlink()
+        assert releases.kept(tmp_path, {"release": name}) == {"id": name, "sha256": ""}
+
+    def test_not_the_one_that_was_left_because_it_failed(self, tmp_path: Path) -> None:
+        """A way back whose gate failed, or that was killed: the record still names the release that was left."""
+        old, new = self.archive(tmp_path, "1.0"), self.archive(tmp_path, "2.0")
+        self.switched(tmp_path, (old, "healthy"), (new, "failed"), (old, ""))
+        assert releases.kept(tmp_path, {"release": new})["id"] == old
+        self.switched(tmp_path, (old, "healthy"), (new, "failed"))
+        assert releases.kept(tmp_path, {"release": new}) == {}
+        assert releases.kept(tmp_path, {"release": old})["id"] == old
+
+    def test_the_one_that_was_proven_though_nobody_recorded_the_host(self, tmp_path: Path) -> None:
+        old, new = self.archive(tmp_path, "1.0"), self.archive(tmp_path, "2.0")
+        self.switched(tmp_path, (old, "healthy"), (new, "healthy"))
+        assert releases.kept(tmp_path, {"release": old})["id"] == new
+
+    def test_a_manifest_that_names_what_was_never_here(self, tmp_path: Path) -> None:
+        name = self.archive(tmp_path, "1.0")
+        self.switched(tmp_path, (name, "healthy"), ("9.9-000000000000", ""))
+        assert releases.kept(tmp_path, {"release": name})["id"] == name
+
+    def test_a_lost_archive_is_no_reason_for_an_older_release(self, tmp_path: Path) -> None:
+        old, new = self.archive(tmp_path, "1.0"), self.archive(tmp_path, "2.0")
+        self.switched(tmp_path, (old, "healthy"), (new, "healthy"))
+        (tmp_path / f"archives/{new}.tar.gz").unlink()
+        (tmp_path / f"releases/{new}").mkdir(parents=True)
+        assert releases.kept(tmp_path, {"release": old}) == {"id": new, "sha256": ""}
+
+    def test_without_a_record_or_a_manifest(self, tmp_path: Path) -> None:
+        assert releases.kept(tmp_path, {}) == {}
+        name = self.archive(tmp_path, "1.0")
+        (tmp_path / "current").symlink_to(f"releases/{name}")
+        assert releases.kept(tmp_path, {})["id"] == name
+        (tmp_path / "current").unlink()
+        copy = [{"release": name, "since": "x", "healthy": "y"}]
+        assert releases.kept(tmp_path, {"manifest": copy})["id"] == name
+
+    def test_another_python_takes_another_release(self, tmp_path: Path) -> None:
+        name = self.archive(tmp_path, "1.0", ("3.1", self.HERE[1]))
+        assert releases.kept(tmp_path, {"release": name}) == {}
+        (tmp_path / f"archives/{name}.tar.gz").unlink()
+        (tmp_path / f"releases/{name}").mkdir(parents=True)
+        (tmp_path / f"releases/{name}/RELEASE.json").write_bytes(self.listed(("3.1", self.HERE[1])))
+        assert releases.kept(tmp_path, {"release": name}) == {}
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,20 @@ def test_rollback(noxes: list[Nox]) -> None:
     assert "is no release" in play("rollback", nox_release_back_to="../x", wanted=2)
 
 
+def test_a_repair_stays_with_the_release_that_was_gone_back_to(noxes: list[Nox]) -> None:
+    """Its tests failed, because the proxy was down, so the record still names the release that was left as a failed one."""
+    one, old = noxes[0], noxes[0].release()
+    new = one.run("ls /opt/nox/releases | grep ^1")
+    play("rollback", "--limit", "nox1", nox_release_back_to=new)
+    one.run("systemctl stop caddy")
+    play("rollback", "--limit", "nox1", wanted=2, nox_release_back_to=old, nox_release_failed=new)
+    one.run("systemctl start caddy")
+    assert one.release() == old and new in one.run("cat /var/lib/nox/state.json")
+    play("repair", "--limit", "nox1")
+    assert one.release() == old and one.manifest()[-1]["healthy"]
+    play("drift", "--limit", "nox1")
+
+
 def test_another_token(noxes: list[Nox]) -> None:
     old = [one.token() for one in noxes]
     polls = [Poll(one) for one in noxes]
