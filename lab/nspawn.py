@@ -22,6 +22,8 @@ def furnish(lab: Lab, host: Host, files: dict[str, str]) -> None:
     _mount(host)
     # before systemd's own 80-container-host0.network, which asks DHCP
     files["etc/systemd/network/10-host0.network"] = network_file(lab, host, "host0")
+    # The kernel counts a user's processes over all hosts, and Debian's unit allows Caddy's 512: too few for a hundred hosts.
+    files["etc/systemd/system/caddy.service.d/lab.conf"] = "[Service]\nLimitNPROC=infinity\n"
     key = lab.key.with_suffix(".pub").read_text()
     base.write_files(host.root, base.host_files(files, key))
 

@@ -536,8 +536,9 @@ def rollout_command(
 ) -> None:  # fmt: skip
     """Roll a release out in waves: canary, a few, the rest. A bad release never reaches a second host.
 
-    After each wave: soak, then the gate (smoke tests through the proxy, error rate and latency against before, no
-    restarts). A host that fails goes back to its last healthy release by itself, and the rollout stops.
+    After each wave: soak, then the gate: smoke tests through the proxy,
+    error rate and latency against before, no unit restarted. A host that
+    fails goes back to its last healthy release, and the rollout stops.
 
     Ctrl-C pauses after the wave; once more ends it at once. Both, and a controller that was killed, go on with --resume.
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TARGET_PYTHONS = ("3.10", "3.11")  # Ubuntu 22.04's, and the lab's default suite's
 YOUNG_PYTHONS = ("3.12", "3.13")  # of Ubuntu 24.04 and Debian 13: the fast backend is run by the host's own
-MOLECULE_SCENARIOS = ("default", "nginx")
+MOLECULE_SCENARIOS = ("default", "nginx", "fleet")
 # Group → how to have it. All of them together take about three hours; what is left out is said at the end of each run.
 ON_REQUEST = {
     "matrix": "make matrix, a quarter of an hour",
-    "fleet": "tests/run.py fleet, 18 minutes",
+    "faults": "tests/run.py faults, half an hour",
     "lifecycle": "tests/run.py lifecycle, 11 minutes",
     "harden": "tests/run.py harden, 12 minutes",
     "acme": "tests/run.py acme, 5 minutes",
@@ -74,6 +74,7 @@ class _Output(threading.local):
 
 output = _Output()
 one_at_a_time = threading.Lock()  # for what two steps would both install
+scenarios: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by name: two steps of one have the same hosts
 
 
 running: set[subprocess.Popen[bytes]] = set()
@@ -300,11 +301,12 @@ def require_lab() -> None:
 def molecule(scenario: str, **environment: str) -> Callable[[], None]:
     def step() -> None:
         require_lab()
-        try:
-            run("molecule", "test", "--scenario-name", scenario, environment=environment)
-        finally:
-            # a scenario that died half-way has not destroyed its hosts
-            run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}", in_any_case=True)
+        with scenarios[scenario]:
+            try:
+                run("molecule", "test", "--scenario-name", scenario, environment=environment)
+            finally:
+                # a scenario that died half-way has not destroyed its hosts
+                run(sys.executable, "-m", "lab", "down", f"--lab=m-{scenario}", in_any_case=True)
 
     return step
 
@@ -360,7 +362,7 @@ STEPS = (
     Step("molecule", "molecule: repair, a part", molecule("repair", NOX_MATRIX_PART="1/4")),
     Step("lifecycle", "molecule: lifecycle", molecule("lifecycle")),
     Step("harden", "molecule: harden", molecule("harden")),
-    Step("fleet", "molecule: fleet", molecule("fleet")),
+    Step("faults", "molecule: fleet, every fault", molecule("fleet", NOX_FLEET_TESTS="trouble")),
     Step("acme", "certificates: obtained, served, renewed", on_lab_hosts("tests.acme")),
     Step("collection", "collection archive alone installs a host", on_lab_hosts("tests.collection")),
     Step("guides", "guides followed to the letter", on_lab_hosts("tests.guides")),
