@@ -205,6 +205,7 @@ def write_files(root: Path, files: Iterable[HostFile]) -> None:
         if file.text is None:
             path.mkdir(exist_ok=True)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # a symlink there would lead out of the root
             path.write_text(file.text)
         path.chmod(file.mode)

@@ -74,7 +74,7 @@ class _Output(threading.local):
 
 output = _Output()
 one_at_a_time = threading.Lock()  # for what two steps would both install
-scenarios: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by name: two steps of one have the same hosts
+scenarios: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # two steps of one have the same hosts
 
 
 running: set[subprocess.Popen[bytes]] = set()
