@@ -17,7 +17,7 @@ from rich.text import Text
 from noxctl import places, report, rollout
 from noxctl.journal import DONE, Journal, Locked, locked
 from noxctl.play import End, Options, PlayError, fleet, play
-from noxctl.view import STYLES, View, printable, show_json, view
+from noxctl.view import STYLES, View, count, printable, show_json, view
 
 
 class Exit(enum.IntEnum):
@@ -485,7 +485,7 @@ def bundle(
         show_json(written)
     else:
         Console().print(
-            f"{out}: {written['bytes'] / 1e6:.1f} MB, version {written['version']}, {len(written['releases'])} releases\n"
+            f"{out}: {written['bytes'] / 1e6:.1f} MB, version {written['version']}, {count(len(written['releases']), 'release')}\n"
             f"sha256 {written['sha256']}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
