@@ -64,14 +64,8 @@ def main() -> None:
             "--constraint",
             ROOT / "requirements/control.lock",
         )  # versions and hashes; nothing of it but what is asked
-        uv = (
-            BIN / "uv",
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            folder / ".venv/bin/python",
-        )
+        # With the machine's certificates, as pip does it: by itself uv trusts only those it brings.
+        uv = (BIN / "uv", "pip", "install", "--quiet", "--system-certs", "--python", folder / ".venv/bin/python")
         run(*uv, *lock, "ansible-core", cwd=folder, environment=clean)
         galaxy = (".venv/bin/ansible-galaxy", "collection", "install", "--offline", archive.name, "-p", "collections")
         run(*galaxy, cwd=folder, environment=clean)

@@ -113,7 +113,8 @@ def pyinfra_ready(hosts: dict[str, dict[str, Any]]) -> list[str | Path]:
     program = CACHE / "venv/bin/pyinfra"
     if not program.exists():
         run(BIN / "uv", "venv", "--quiet", "--clear", "--python", sys.executable, CACHE / "venv")
-        run(BIN / "uv", "pip", "install", "--quiet", "--python", CACHE / "venv/bin/python", "pyinfra>=3,<4")
+        uv = (BIN / "uv", "pip", "install", "--quiet", "--system-certs", "--python", CACHE / "venv/bin/python")
+        run(*uv, "pyinfra>=3,<4")
     first = next(iter(hosts.values()))
     (CACHE / "state.json").write_text(run(*ssh(first, shared=True), "cat /var/lib/nox/state.json"))
     (CACHE / "state.json").chmod(0o600)
