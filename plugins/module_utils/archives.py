@@ -10,18 +10,29 @@ from typing import Any
 from .digests import digest_of_file
 
 
-def directory(path: Path, check_mode: bool) -> bool:
-    """Root's, readable by all; whether that had to be changed."""
-    try:
-        found = path.stat()
-        right = (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, 0o755)
-    except FileNotFoundError:
-        right = False
+def take_back(path: Path, mode: int, check_mode: bool) -> bool:
+    """Root's, and for root alone to change; whether that had to be set."""
+    found = path.stat()
+    right = (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, 0, mode)
     if not right and not check_mode:
-        path.mkdir(parents=True, exist_ok=True)
         os.chown(path, 0, 0)
-        path.chmod(0o755)
+        path.chmod(mode)
     return not right
+
+
+def own_places(root: Path, archive: Path, check_mode: bool) -> list[Path]:
+    """Makes the directories that releases lie in, and sees to it that none but root can change them, or the archive.
+    Returns what had to be made or set right."""
+    changed = []
+    for directory in (root, root / "archives", root / "releases"):
+        made = not directory.is_dir()
+        if not check_mode:
+            directory.mkdir(parents=True, exist_ok=True)
+        if (directory.is_dir() and take_back(directory, 0o755, check_mode)) or made:
+            changed.append(directory)
+    if archive.is_file() and take_back(archive, 0o644, check_mode):
+        changed.append(archive)
+    return changed
 
 
 def answer(options: dict[str, Any]) -> dict[str, Any]:
@@ -29,16 +40,9 @@ def answer(options: dict[str, Any]) -> dict[str, Any]:
     root, sha256, check_mode = Path(options["root"]), options["sha256"], options["check_mode"]
     archive = root / "archives" / f"{options['id']}.tar.gz"
     partial = archive.with_name(f".{archive.name}.part")
-    places = (root, archive.parent, root / "releases")
-    changed = [path for path in places if directory(path, check_mode)]
+    changed = own_places(root, archive, check_mode)
     if archive.is_file() and digest_of_file(archive) == sha256:
-        found = archive.stat()
-        if (found.st_uid, found.st_gid, found.st_mode & 0o7777) != (0, 0, 0o644):
-            changed.append(archive)
-            if not check_mode:
-                os.chown(archive, 0, 0)
-                archive.chmod(0o644)
-        return {"changed": bool(changed), "complete": True, "have": found.st_size}
+        return {"changed": bool(changed), "complete": True, "have": archive.stat().st_size}
     have = partial.stat().st_size if partial.exists() else 0
     if options["piece"]:
         # a piece that was written halfway when the host lost power begins anew

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import release_files
+from .archives import own_places
 from .commands import run
 from .digests import digest_of, digest_of_file
 from .release_files import (
@@ -399,7 +400,8 @@ def make_current(wanted: Wanted, entries: list[dict[str, Any]], lost: bool) -> l
     """Unpacks what isn't there as it should be, switches, records the switch, removes what is too old."""
     root, name, dry = wanted.root, wanted.id, wanted.check_mode
     manifest, link, directory = root / "manifest.json", root / "current", root / "releases" / name
-    actions: list[str] = []
+    # with the archive here already, nobody has looked at these
+    actions = [f"take back {path}" for path in own_places(root, Path(wanted.archive), dry)]
     problem = "absent"
     if directory.is_dir():
         problem, loose = release_problem(directory)

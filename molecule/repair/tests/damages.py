@@ -15,6 +15,14 @@ OTHER_CONFIGURATION = (
     "python3 -c \"import socket; s = socket.socket(socket.AF_UNIX); s.connect('/var/lib/caddy/admin.sock'); "
     "s.sendall(b'DELETE /config/apps/http/servers/srv0/routes/0 HTTP/1.0\\r\\n\\r\\n'); print(s.recv(999))\""
 )
+# Each path on record is anybody's: only the roles still know whose it was.
+THROW_OPEN = """
+import json, os
+for path, entry in json.load(open("/var/lib/nox/state.json"))["paths"].items():
+    if entry["kind"] != "link":
+        os.chown(path, 65534, 65534)
+        os.chmod(path, 0o777)
+"""
 
 
 class Damage(NamedTuple):
@@ -228,6 +236,11 @@ DAMAGES = [
         "record deleted, another configuration loaded",
         f"rm {{record}}; {OTHER_CONFIGURATION}",
         ("record.missing {record}", "proxy.stale caddy.service"),
+    ),
+    Damage(
+        "record deleted, everything thrown open",
+        f"""python3 -c '{THROW_OPEN}' && rm {{record}}""",
+        ("record.missing {record}",),
     ),
     # ── all kinds of times and states in between
     Damage(

@@ -21,19 +21,27 @@ PUT_MARKS = (
 )
 # What it says, however it is written.
 HISTORY = "python3 -m json.tool --sort-keys /opt/nox/manifest.json | sha256sum | cut -d ' ' -f 1"
+# Who may do what to each path on record: a repair must not take a damage for the way things are.
+RIGHTS = (
+    'python3 -c \'import json; paths = json.load(open("/var/lib/nox/state.json"))["paths"]; '
+    'print(*(f"{name}:{paths[name].get(key)}" for name in sorted(paths) for key in ("kind", "owner", "mode")))\''
+)
 # The sandbox that a damage has moved away is put back as its operator would.
 EVIDENCE = (
     "test ! -e /root/sandbox-before || { mv /root/sandbox-before/* /home/nox/nox/sandbox/; rm -r /root/sandbox-before; }; "
     "sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; cat /home/nox/nox/sandbox/kept.txt; "
     f"grep -hcF '{MARK}' /var/log/nox-api/nox-api.log /var/log/nox-api/nox-api.log.1 | paste -sd+; "
-    f"{HISTORY}"
+    f"{HISTORY}; {RIGHTS}"
 )
-KNOWN = f"basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; {HISTORY}"
+KNOWN = (
+    f"basename $(readlink /opt/nox/current); sed -n 's/^NOX_API_TOKEN=//p' /etc/default/nox-api; {HISTORY}; {RIGHTS}"
+)
 BROKEN: list[bool] = []  # not empty while a test is on its way, or has failed
 # The damages that can't be told apart, or are no damage, once another one is done.
 TOO_LARGE = {
     "record deleted",
     "record deleted, another configuration loaded",
+    "record deleted, everything thrown open",
     "install that ended half-way",
     "everything below /opt/nox deleted",
     "python3 deleted",
@@ -61,8 +69,12 @@ def pairs() -> list[tuple[Damage, Damage]]:
 def names(host: Any) -> dict[str, str]:
     """What the damages' texts leave open, and the things that must survive, put in place."""
     host.check_output(PUT_MARKS)
-    release, token, history = host.check_output(KNOWN).split()
-    return {"release": release, "token": token, "history": history, "record": RECORD}
+    return {**known(host), "record": RECORD}
+
+
+def known(host: Any) -> dict[str, str]:
+    release, token, history, rights = host.check_output(KNOWN).splitlines()
+    return {"release": release, "token": token, "history": history, "rights": rights}
 
 
 def damage(host: Any, one: Damage, names: dict[str, str]) -> set[str]:
@@ -96,10 +108,11 @@ def proven(host: Any, site: Site, names: dict[str, str], logs: bool) -> Ran:
     assert (again.status, again.report["state"]) == (0, "clean"), again.output[-3000:]
     assert "changed=0" in again.output
     assert " ok=1 " in again.output, "a clean host costs one task"
-    token, kept, marks, history = host.check_output(EVIDENCE).splitlines()
+    token, kept, marks, history, rights = host.check_output(EVIDENCE).splitlines()
     assert token == names["token"], "the token survives"
     assert kept == "kept", "the sandbox survives"
     assert history == names["history"], "the history of releases survives"
+    assert rights.split() == names["rights"].split(), "owners and modes are as they were"
     lines = sum(map(int, marks.split("+")))
     assert not logs or lines > 0, "the logs survive"
     return repaired
@@ -116,7 +129,7 @@ def sound(host: Any, site: Site, names: dict[str, str]) -> Iterator[None]:
         )
         site.install()
         host.check_output(PUT_MARKS)
-        names["release"], names["token"], names["history"] = host.check_output(KNOWN).split()
+        names.update(known(host))
     BROKEN[:] = [True]
     yield
 
