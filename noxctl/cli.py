@@ -323,9 +323,11 @@ def drift_of(end: End) -> dict[str, Any]:
     }
 
 
-def look(playbook: str, options: Options, json_wanted: bool, title: str, **variables: Any) -> dict[str, End]:
-    """A playbook that changes nothing: no lock, no journal."""
-    shown = view(json_wanted)
+def look(
+    playbook: str, options: Options, json_wanted: bool, title: str, good: str = "ok", **variables: Any
+) -> dict[str, End]:
+    """A playbook that changes nothing: no lock, no journal. `good`: what to call a host from which there is an answer."""
+    shown = view(json_wanted, good)
     try:
         hosts = fleet(options)
         shown.begin(title, hosts)
@@ -348,7 +350,7 @@ def status(
 
     Playbook: playbooks/status.yml
     """
-    ends = look("status.yml", Options(inventory, limit, forks=forks, vault=vault), json_wanted, "status")
+    ends = look("status.yml", Options(inventory, limit, forks=forks, vault=vault), json_wanted, "status", "answered")
     found = [rollout.status_of(end) for _, end in sorted(ends.items())]
     if json_wanted:
         show_json(found)
@@ -419,7 +421,12 @@ def run(
     if timeout is not None:
         variables["nox_run_timeout"] = timeout
     ends = look(
-        "run.yml", Options(inventory, limit, forks=forks, vault=vault), json_wanted, f"run {file.name}", **variables
+        "run.yml",
+        Options(inventory, limit, forks=forks, vault=vault),
+        json_wanted,
+        f"run {file.name}",
+        "answered",
+        **variables,
     )
     found: list[dict[str, Any]] = []
     for host, end in sorted(ends.items()):

@@ -131,8 +131,9 @@ class Silent:
 class Lines:
     """One line per thing worth knowing, for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, good: str = "ok") -> None:
         self._console = console
+        self._good = good
         self._rows: dict[str, Row] = {}
         self._begun = 0.0
         self._counts = ""
@@ -165,7 +166,7 @@ class Lines:
 
     def end(self) -> None:
         bad = sum(row.state in ("failed", "unreachable") for row in self._rows.values())
-        self.say(f"{len(self._rows) - bad} ok, {bad} not, {time.time() - self._begun:.0f} s")
+        self.say(f"{len(self._rows) - bad} {self._good}, {bad} not, {time.time() - self._begun:.0f} s")
 
 
 @dataclass
@@ -173,6 +174,7 @@ class Screen:
     """A table that is drawn anew: what happens on each host now, and how far the whole is."""
 
     console: Console
+    good: str = "ok"  # what a host is called with which nothing went wrong
     _rows: dict[str, Row] = field(default_factory=dict)
     _title: str = ""
     _usual: float | None = None
@@ -222,9 +224,8 @@ class Screen:
         self._live.stop()
         self._live = None
         bad = [host for host, row in self._rows.items() if row.state in ("failed", "unreachable", "rescued")]
-        line = (
-            f"{self._title}: {len(self._rows) - len(bad)} of {len(self._rows)} ok in {time.time() - self._begun:.0f} s"
-        )
+        fine, seconds = len(self._rows) - len(bad), time.time() - self._begun
+        line = f"{self._title}: {fine} of {len(self._rows)} {self.good} in {seconds:.0f} s"
         self.say(line + (f"; not: {', '.join(bad)}" if bad else ""), style="red" if bad else "green")
 
     def _draw(self) -> Group:
@@ -277,12 +278,12 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def view(json_wanted: bool = False) -> View:
+def view(json_wanted: bool = False, good: str = "ok") -> View:
     """The one that fits where output goes."""
     if json_wanted:
         return Silent()
     console = Console()
-    return Screen(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
+    return Screen(console, good) if console.is_terminal and not console.is_dumb_terminal else Lines(console, good)
 
 
 def show_json(value: object) -> None:
