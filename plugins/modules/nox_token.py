@@ -146,7 +146,7 @@ def main() -> None:
         if left > 0:
             module.fail_json(
                 msg=f"The token before is still accepted until {present.get(UNTIL, 'it is removed')}; another change would shut "
-                "out who uses it. Wait, or end it now: playbooks/rotate_token.yml -e nox_token_end=true"
+                "out who uses it. Wait, or end it now: playbooks/rotate_token.yml -e nox_token_end=true (noxctl rotate-token --end)"
             )
         new_text = rotate(text, given or secrets.token_hex(32), overlap)
     if new_text != text and not module.check_mode:
