@@ -505,7 +505,7 @@ def source_tree(path: Path) -> Path:
             if not (tree / "requirements").is_dir():
                 raise fail(f"{tree}: has no requirements/ beside app/", Exit.USAGE)
             return tree
-    raise fail(f"{path}: there is no app/pyproject.toml in it", Exit.USAGE)
+    raise fail(f"{path}: neither a tree that holds app/ and requirements/ nor the app/ of one", Exit.USAGE)
 
 
 def localhost() -> Path:
