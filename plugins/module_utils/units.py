@@ -22,7 +22,7 @@ def last_words(names: list[str], lines: int = 30) -> str:
     told = run("journalctl", "--no-pager", "-q", "-n", str(lines), "-o", "short", *wanted).stdout
     return (
         f"The journal's last lines:\n{told.rstrip() or '(nothing)'}\n"
-        f"More: sudo journalctl -u {names[0]} -n 100 --no-pager"
+        f"More: sudo journalctl {' '.join(wanted)} -n 100 --no-pager"
     )
 
 
