@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "bench.json"
 DOCUMENT = ROOT / "docs/performance.md"
 BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
-PARTS = ("latency", "throughput", "preimport", "memory", "endurance", "flood")
+PARTS = ("latency", "throughput", "cpu", "preimport", "memory", "endurance", "flood")
 _PYTHON = "3.11"
 
 
@@ -121,6 +121,11 @@ def table(figures: dict[str, Any]) -> str:
         if name in throughput:
             wanted = "≥ 2 x" if name == "zygote" else ""
             row(f"8 clients, {what}", throughput[name], "runs/s", "bare starts/s", throughput["bare"], wanted)
+    if found := figures.get("cpu"):
+        row("CPU of a run, 8 clients, zygote", found["all"], "ms", "bare `python3 -c`", found["bare"], "")
+        own = {name: found[name] for name in ("front", "runner", "client")}
+        what = f"of it the sandbox, beside {', '.join(f'{name} {value:.1f}' for name, value in own.items())}"
+        row(what, found["all"] - sum(own.values()), "ms", "two forks of Python into namespaces", found["forks"], "")
     if found := figures.get("preimport"):
         base = found["without"]["p50_ms"]
         row(

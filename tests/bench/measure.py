@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import resource
 import shutil
 import ssl
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("latency", "throughput", "preimport", "memory", "endurance", "flood")
+PARTS = ("latency", "throughput", "cpu", "preimport", "memory", "endurance", "flood")
 BACKENDS = ("zygote", "bubblewrap")
 CLIENTS = 8
 TURN = 10
@@ -41,6 +42,30 @@ _BWRAP = [
     *("--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
     *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/sandbox", "--chdir", "/sandbox"),
 ]  # fmt: skip
+# The least that a sandbox is: a Python process that is forked into namespaces of its own, and forked once more, so that the
+# program is not their first process. Until stdin is closed.
+_FORKS = """
+import os, select, sys
+sys.path.append(sys.argv[1])
+from nox_runner.zygote import child, kernel
+count = 0
+while not select.select([0], [], [], 0)[0]:
+    told, program = os.pipe()
+    init, handle = kernel.clone(child.NAMESPACES)
+    if init == 0:
+        if os.fork() == 0:
+            os.write(program, b"1")
+            os._exit(0)
+        os.wait()
+        os._exit(0)
+    os.close(program)
+    assert os.read(told, 1) == b"1"
+    os.waitpid(init, 0x40000000)
+    os.close(told)
+    os.close(handle)
+    count += 1
+print(count)
+"""
 _HEAVY = ("asyncio", "email.mime.multipart", "http.client", "sqlite3", "unittest.mock", "xml.dom.minidom")
 
 
@@ -162,6 +187,41 @@ def throughput(targets: dict[str, Target], seconds: float) -> dict[str, Any]:
         for name, make in makers.items():
             found[name].append(rate(make, CLIENTS, seconds / 3))
     return {name: round(statistics.median(values), 1) for name, values in found.items()}
+
+
+def cpu(service: Callable[..., Any], app: Path, seconds: float) -> dict[str, float]:
+    """Milliseconds of CPU that a run takes with eight clients, and who spends them; the same of a bare start, and of two forks.
+
+    `all` is the whole machine's: what the other names leave of it are the sandboxes with the zygote that makes them, and the
+    kernel's own threads.
+    """
+    found: dict[str, float] = {}
+    with service(NOX_BACKEND="zygote") as (target, nox):
+        rate(lambda: hello(target), CLIENTS, 1.0)
+        pids = {"client": os.getpid(), "front": nox.front.pid, "runner": nox.runner.pid}
+        before = {"all": spent(), **{name: spent(pid) for name, pid in pids.items()}}
+        runs = rate(lambda: hello(target), CLIENTS, seconds) * seconds
+        after = {"all": spent(), **{name: spent(pid) for name, pid in pids.items()}}
+    found = {name: round((after[name] - before[name]) / runs, 2) for name in after}
+    begun = spent()
+    starts = rate(lambda: start(_BARE), CLIENTS, seconds) * seconds
+    found["bare"] = round((spent() - begun) / starts, 2)
+    begun = spent()
+    words = ["/usr/bin/python3", "-I", "-c", _FORKS, str(app)]
+    pair = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    time.sleep(seconds)
+    forks = sum(int(one.communicate()[0]) for one in pair)
+    found["forks"] = round((spent() - begun) / forks, 2)
+    return found
+
+
+def spent(pid: int | None = None) -> float:
+    """Milliseconds of CPU so far, of a process or of the machine."""
+    if pid is None:
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+        return (user + nice + system + irq + softirq) * 1000 / os.sysconf("SC_CLK_TCK")
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
 
 
 def preimport(service: Callable[..., Any], count: int) -> dict[str, Any]:
@@ -376,6 +436,7 @@ def main() -> int:
         actions: dict[str, Callable[[], dict[str, Any]]] = {
             "latency": lambda: latency(targets, options.count),
             "throughput": lambda: throughput(targets, options.seconds),
+            "cpu": lambda: cpu(service, options.app, options.seconds),
             "preimport": lambda: preimport(service, options.count // 3),
             "memory": lambda: memory(service),
             "endurance": lambda: endurance(service, options.runs),
