@@ -57,7 +57,8 @@ _USER_LIMITS = {
     "inotify_watches": 4096,
 }
 _SIGNALS = _signal.valid_signals()
-_known = 0
+_known = _null = _most = 0
+_REHEARSAL = json.dumps({"env": {"NOX_RUN_ID": "0" * 32}, "args": []}).encode()
 _WALL = 0x40000000  # also children that were cloned without a signal
 # RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
 _LOOPBACK_UP = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
@@ -83,9 +84,13 @@ def landlock(sandbox: str) -> tuple[dict[str, int], int] | None:
     return {**rights, **dict.fromkeys(("/tmp", "/dev/shm", "/run", sandbox), own)}, handled
 
 
-def prepare() -> None:
+def prepare(config: dict[str, Any]) -> None:
     """Before any fork: what can be settled once for all sandboxes."""
-    global _known
+    global _known, _null, _most
+    _null = os.open("/dev/null", os.O_RDWR)
+    _most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    os.environ.clear()
+    os.environ.update(config["environment"])
     _known = len(sys.modules)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
@@ -212,14 +217,13 @@ def _own_limits() -> None:
 
 def _close_all_but(*kept: int) -> None:
     """Close all descriptors but `kept`, and the standard ones, which become the null device."""
-    null = os.open("/dev/null", os.O_RDWR)
     for descriptor in range(3):
-        os.dup2(null, descriptor)
+        os.dup2(_null, descriptor)
     start = 3
     for descriptor in sorted(kept):
         os.closerange(start, descriptor)
         start = descriptor + 1
-    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(start, _most)
 
 
 def _become_program(config: dict[str, Any], job: socket.socket, notice: list[int]) -> NoReturn:
@@ -229,8 +233,6 @@ def _become_program(config: dict[str, Any], job: socket.socket, notice: list[int
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.path.append(os.getcwd())
-    os.environ.clear()
-    os.environ.update(config["environment"])
     _rehearse()
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
@@ -284,8 +286,7 @@ def _rehearse() -> None:
     path = f"{_PLACE}/main.py"
     text = b"def f(x):\n    return [str(x)]\nprint(f(1))\n"
     near, far = socket.socketpair()
-    told = json.dumps({"env": {"NOX_RUN_ID": "0" * 32}, "args": []}).encode()
-    socket.send_fds(far, [JOB.pack(len(told)) + told], [0, 0])
+    socket.send_fds(far, [JOB.pack(len(_REHEARSAL)) + _REHEARSAL], [0, 0])
     wanted, (source, other) = _receive(near)
     near.close()
     far.close()

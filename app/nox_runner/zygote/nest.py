@@ -57,7 +57,7 @@ def main(control: socket.socket) -> int:
     for name in [name for name in sys.modules if name.partition(".")[0] == "nox_runner"]:
         del sys.modules[name]
     config["landlock"] = child.landlock(config["sandbox"])
-    child.prepare()
+    child.prepare(config)
     landlock = kernel.landlock_version() if config["landlock"] else 0
     control.send(READY + json.dumps({"skipped": skipped, "landlock": landlock}).encode())
     while asked := control.recv(256):
