@@ -79,7 +79,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.nox.platform.plugins.module_utils.bundle_file import read_contents
 from ansible_collections.nox.platform.plugins.module_utils.digests import digest_of, digest_of_file
 
-FORMAT = "1"  # part of the inputs' digest: raise it when this builder lays files out differently
+FORMAT = "2"  # part of the inputs' digest: raise it when this builder lays files out differently
 PACKAGES = ("nox_api", "nox_runner")
 # glibc of the supported targets: 2.35 (Ubuntu 22.04) and newer
 GLIBC = ("2_35", "2_34", "2_31", "2_28", "2_27", "2_26", "2_24", "2_17", "2_12", "2_5")
@@ -136,9 +136,17 @@ def pip_install(module: AnsibleModule, lock: Path, target: Path, python: str, ar
             "The control side needs a package index (pip's own configuration is used): "
             f"{sys.executable} -m pip download --no-deps --only-binary=:all: fastapi"
         )
-    shutil.rmtree(target / "bin", ignore_errors=True)  # start scripts with this machine's paths
+    drop_scripts(target)
     for record in target.glob("*.dist-info/direct_url.json"):
         record.unlink()
+
+
+def drop_scripts(target: Path) -> None:
+    """Without start scripts: each begins with the path of this side's own Python, and its digest is on the package's list."""
+    shutil.rmtree(target / "bin", ignore_errors=True)
+    for record in target.glob("*.dist-info/RECORD"):
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        record.write_text("".join(line for line in lines if not line.startswith("../../bin/")), encoding="utf-8")
 
 
 def add_packages(module: AnsibleModule, lock: Path, target: Path, python: str, arch: str) -> None:
