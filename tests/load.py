@@ -63,8 +63,6 @@ class Count:
     statuses: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     reopened: int = 0
-    handshakes: int = 0
-    """TLS handshakes that were ended by an alert and begun once more: nothing of a request had been sent."""
     slowest: float = 0.0
     examples: list[str] = field(default_factory=list)
 
@@ -136,17 +134,10 @@ class Worker:
             self.count.reopened += 1
             self.close()
         if not self.streams:
-            try:
-                self.streams = await self.opened()
-            except ssl.SSLError:  # Caddy 2.6 has no certificate for a moment while it is reloaded: docs/fleet.md
-                self.count.handshakes += 1
-                self.streams = await self.opened()
+            self.streams = await asyncio.open_connection(
+                self.host, self.port, ssl=self.tls, server_hostname=self.host if self.tls else None
+            )
         return self.streams
-
-    async def opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(
-            self.host, self.port, ssl=self.tls, server_hostname=self.host if self.tls else None
-        )
 
     def close(self) -> None:
         if self.streams:
