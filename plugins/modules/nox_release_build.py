@@ -63,6 +63,7 @@ release:
     bytes: 9000000
 """
 
+import csv
 import gzip
 import hashlib
 import io
@@ -136,17 +137,20 @@ def pip_install(module: AnsibleModule, lock: Path, target: Path, python: str, ar
             "The control side needs a package index (pip's own configuration is used): "
             f"{sys.executable} -m pip download --no-deps --only-binary=:all: fastapi"
         )
-    drop_scripts(target)
-    for record in target.glob("*.dist-info/direct_url.json"):
-        record.unlink()
+    leave_out_traces(target)
 
 
-def drop_scripts(target: Path) -> None:
-    """Without start scripts: each begins with the path of this side's own Python, and its digest is on the package's list."""
+def leave_out_traces(target: Path) -> None:
+    """Takes away what tells of this side, such as start scripts, which begin with the path of its Python; also their digests, which
+    the packages' lists have."""
     shutil.rmtree(target / "bin", ignore_errors=True)
+    for source in target.glob("*.dist-info/direct_url.json"):
+        source.unlink()
     for record in target.glob("*.dist-info/RECORD"):
         lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
-        record.write_text("".join(line for line in lines if not line.startswith("../../bin/")), encoding="utf-8")
+        names = (name for name, *_ in csv.reader(lines))
+        kept = [line for line, name in zip(lines, names, strict=True) if (target / name).exists()]
+        record.write_text("".join(kept), encoding="utf-8")
 
 
 def add_packages(module: AnsibleModule, lock: Path, target: Path, python: str, arch: str) -> None:

@@ -195,14 +195,12 @@ def cpu(service: Callable[..., Any], app: Path, seconds: float) -> dict[str, flo
     `all` is the whole machine's: what the other names leave of it are the sandboxes with the zygote that makes them, and the
     kernel's own threads.
     """
-    found: dict[str, float] = {}
     with service(NOX_BACKEND="zygote") as (target, nox):
         rate(lambda: hello(target), CLIENTS, 1.0)
-        pids = {"client": os.getpid(), "front": nox.front.pid, "runner": nox.runner.pid}
-        before = {"all": spent(), **{name: spent(pid) for name, pid in pids.items()}}
+        pids = {"all": None, "client": os.getpid(), "front": nox.front.pid, "runner": nox.runner.pid}
+        before = {name: spent(pid) for name, pid in pids.items()}
         runs = rate(lambda: hello(target), CLIENTS, seconds) * seconds
-        after = {"all": spent(), **{name: spent(pid) for name, pid in pids.items()}}
-    found = {name: round((after[name] - before[name]) / runs, 2) for name in after}
+        found = {name: round((spent(pid) - before[name]) / runs, 2) for name, pid in pids.items()}
     begun = spent()
     starts = rate(lambda: start(_BARE), CLIENTS, seconds) * seconds
     found["bare"] = round((spent() - begun) / starts, 2)
