@@ -355,7 +355,11 @@ def status(
     if json_wanted:
         show_json(found)
     else:
-        Console().print(status_table(found))
+        console = Console()
+        console.print(status_table(found))
+        for one in found:
+            if one["problem"]:  # below, since a sentence beside eight columns is one word wide on a usual terminal
+                console.print(Text(f"{one['host']}: {printable(one['problem'])}", style="red"))
     if not all(one["reachable"] for one in found):
         raise typer.Exit(Exit.UNREACHABLE)
     if not all(one["healthy"] for one in found):
@@ -364,19 +368,10 @@ def status(
 
 def status_table(found: list[dict[str, Any]]) -> Table:
     """The fleet, a row per host."""
-    table = Table(
-        "host",
-        "state",
-        "version",
-        "release",
-        "drift",
-        "last change",
-        "token",
-        "certificate",
-        "",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("host", "state", "version", "release", "drift", "last change, UTC", "token", "cert"):
+        # beside long names on 80 columns, a date stands above its time
+        table.add_column(name, no_wrap=not name.startswith("last"), min_width=10 if name.startswith("last") else None)
     for one in found:
         state = "unreachable" if not one["reachable"] else "healthy" if one["healthy"] else one["state"]
         table.add_row(
@@ -385,10 +380,9 @@ def status_table(found: list[dict[str, Any]]) -> Table:
             one["version"],
             one["release"].rpartition("-")[2],
             Text(one["drift"], style=STYLES.get(one["drift"], "")),
-            one["last_run"].replace("T", " ").removesuffix("Z"),
+            one["last_run"].replace("T", " ")[:16],
             days(one["token_age_days"]),
             days(one["certificate_days"]),
-            printable(one["problem"]),
         )
     return table
 
