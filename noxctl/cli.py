@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -514,8 +515,11 @@ def localhost() -> Path:
 
 @app.command("rollout", epilog=EXITS)
 def rollout_command(
-    file: Annotated[Path, typer.Argument(help="The bundle, made by noxctl bundle.", exists=True, dir_okay=False)],
+    context: typer.Context,
     inventory: Inventory,
+    file: Annotated[
+        Path | None, typer.Argument(help="The bundle, made by noxctl bundle. --resume knows it.", exists=True, dir_okay=False)
+    ] = None,
     limit: Limit = "",
     canary: Annotated[str, typer.Option(help="How many hosts go first, or which (names, with commas).")] = "",
     waves: Annotated[
@@ -528,7 +532,7 @@ def rollout_command(
         rollout.OnFailure, typer.Option(help="stop: leave the rest untouched. rollback-all: also take the finished ones back. continue: ignore the budget, not the canary.")
     ] = rollout.OnFailure.STOP,
     sha256: Annotated[str, typer.Option(help="The bundle's digest, to be sure it is the one you mean.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last rollout of this inventory that didn't end.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the last rollout of this inventory that didn't end: its bundle, waves and options, but for those given anew. -e isn't kept.")] = False,
     extra: Extra = [],  # noqa: B006
     vault: Vault = [],  # noqa: B006
     forks: Forks = 50,
@@ -545,21 +549,35 @@ def rollout_command(
 
     Playbooks: upgrade.yml, gate.yml, rollback.yml
     """
-    options = Options(inventory, limit, forks=forks, extra=extra, vault=vault)
+    journal, old, proven = Journal(), None, frozenset[str]()
     try:
+        if resume:
+            old = rollout.unfinished(journal, inventory)
+            said = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+            before = {name: value for name, value in old.options.items() if name not in said}
+            limit, budget, soak = before.get("limit", limit), before.get("budget", budget), before.get("soak", soak)
+            on_failure = rollout.OnFailure(before.get("on_failure", on_failure))
+            file = file or Path(old.options["bundle"])
+        elif file is None:
+            raise rollout.Unusable("which bundle? noxctl rollout FILE; noxctl bundle makes one")
+        options = Options(inventory, limit, forks=forks, extra=extra, vault=vault)
         wanted = rollout.Wanted(
             bundle=file, canary=canary, waves=waves, budget=budget, soak=soak, on_failure=on_failure, sha256=sha256
         )
         plan = rollout.Plan.make(wanted, fleet(options))
+        if old:
+            plan = rollout.resumed(plan, old, journal)
+            proven = frozenset(host for host, row in journal.hosts(old.id).items() if row["state"] in DONE)
     except (PlayError, rollout.Unusable) as error:
         raise fail(str(error), Exit.USAGE) from None
     if not json_wanted:
-        Console().print(rollout.plan_table(plan))
-    agree(f"Roll {plan.version} out to {sum(len(hosts) for _, hosts in plan.waves)} hosts of {inventory}?", yes)
+        Console().print(rollout.plan_table(plan, proven))
+    todo = [host for _, hosts in plan.waves for host in hosts if host not in proven]
+    agree(f"Roll {plan.version} out to {len(todo)} hosts of {inventory}?", yes)
     shown = view(json_wanted)
     try:
         with locked(inventory, f"rollout of {plan.version}"):
-            result = rollout.Rollout(plan, wanted, options, Journal(), shown, resume=resume).go()
+            result = rollout.Rollout(plan, wanted, options, journal, shown, old).go()
     except Locked as error:
         raise fail(str(error), Exit.LOCKED) from None
     except (PlayError, rollout.Unusable) as error:
@@ -569,6 +587,8 @@ def rollout_command(
     else:
         console = Console()
         console.print(result.table())
+        for line in result.errors():
+            console.print(Text(line, style="red"))
         console.print(Text(result.reason, style="green" if result.outcome == "done" else "bold red"))
         console.print(f"Report: noxctl report {result.run}", highlight=False)
     raise typer.Exit(result.exit_code)
@@ -589,13 +609,16 @@ def runs(
     for name in ("run", "verb", "outcome", "began", "took", "hosts"):
         table.add_column(name, no_wrap=True)
     table.add_column("inventory", overflow="fold")
+    # its last name is enough where no other has the same; the whole is in --json
+    names = Counter(Path(place).name for place in {one.inventory for one in found})
     for one in found:
         hosts = journal.hosts(one.id)
         good = sum(row["state"] in DONE for row in hosts.values())
         table.add_row(
             one.id, one.verb, Text(one.outcome, style=STYLES.get(one.outcome, "yellow")),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.started)),
-            f"{one.ended - one.started:.0f} s" if one.ended else "", f"{good}/{len(hosts)}", one.inventory,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started)),
+            f"{one.ended - one.started:.0f} s" if one.ended else "", f"{good}/{len(hosts)}",
+            one.inventory if names[Path(one.inventory).name] > 1 else Path(one.inventory).name,
         )  # fmt: skip
     Console().print(table)
 

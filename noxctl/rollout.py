@@ -234,45 +234,84 @@ class Result:
 
     def table(self) -> Table:
         """For people."""
-        table = Table("host", "wave", "state", "before", "after", "", box=None, pad_edge=False)
+        table = Table("host", "wave", "state", "before", "after", box=None, pad_edge=False)
         for host, row in self.hosts.items():
             wave = "" if row["wave"] is None else "canary" if row["wave"] == 0 else str(row["wave"])
             table.add_row(
                 host, wave, Text(row["state"], style=STYLES.get(row["state"], "")), row["before"].get("release", ""),
-                row["after"].get("release", ""), printable(f"{row['task']}: {row['error'].splitlines()[0]}" if row["error"] else ""),
+                row["after"].get("release", ""),
             )  # fmt: skip
         return table
 
+    def errors(self) -> list[str]:
+        """A line for each host that has one."""
+        return [
+            printable(f"{host}: {row['task']}: {row['error'].splitlines()[0]}")
+            for host, row in self.hosts.items()
+            if row["error"]
+        ]
 
-def plan_table(plan: Plan) -> Table:
-    """What is about to happen."""
+
+def plan_table(plan: Plan, proven: frozenset[str] = frozenset()) -> Table:
+    """What is about to happen; nothing to the hosts that are `proven`."""
     table = Table("wave", "hosts", "", box=None, pad_edge=False)
-    for name, hosts in plan.waves:
+    for name, of_wave in plan.waves:
+        if not (hosts := [host for host in of_wave if host not in proven]):
+            continue
         shown = ", ".join(hosts[:8]) + (f" … {hosts[-1]}" if len(hosts) > 8 else "")
         table.add_row(name, str(len(hosts)), shown)
     return table
+
+
+def unfinished(journal: Journal, inventory: Path) -> Run:
+    """The rollout that --resume goes on with. Raises Unusable where the last one is done, or there is none."""
+    for run in journal.runs(verb="rollout", inventory=inventory, limit=1):
+        if run.outcome != "done":
+            return run
+    raise Unusable(f"No rollout of {inventory} is unfinished; noxctl runs lists them")
+
+
+def resumed(plan: Plan, run: Run, journal: Journal) -> Plan:
+    """The plan with the waves of an unfinished run and the inventory of today: who left is gone, who is new comes last."""
+    now = [host for _, hosts in plan.waves for host in hosts]
+    old = [(wave["name"], wave["hosts"]) for wave in journal.waves(run.id)]
+    known = {host for _, hosts in old for host in hosts}
+    waves = [(name, [host for host in hosts if host in now]) for name, hosts in old]
+    waves.append((f"wave {len(waves)}", [host for host in now if host not in known]))
+    return replace(plan, waves=[(name, hosts) for name, hosts in waves if hosts])
 
 
 class Rollout:
     """One rollout, from its plan to its end. Every decision is in the journal before it has an effect."""
 
     def __init__(
-        self, plan: Plan, wanted: Wanted, options: Options, journal: Journal, view: View, *, resume: bool = False
+        self, plan: Plan, wanted: Wanted, options: Options, journal: Journal, view: View, old: Run | None = None
     ) -> None:
+        """`old` is what `plan` was resumed from. Raises Unusable where that was of another bundle."""
         self._plan, self._wanted, self._options, self._journal, self._view = plan, wanted, options, journal, view
         self._waves = plan.waves
         self._interrupts = 0
         self._began = time.time()
-        old = self._unfinished() if resume else None
         if old is None:
             about = {
-                "bundle": str(wanted.bundle), "version": plan.version, "budget": wanted.budget, "soak": wanted.soak,
+                "bundle": str(wanted.bundle.resolve()), "version": plan.version, "budget": wanted.budget, "soak": wanted.soak,
                 "on_failure": str(wanted.on_failure), "limit": options.limit,
             }  # fmt: skip
             self.run = journal.begin("rollout", options.inventory, plan.digest, about)
         else:
+            if old.target != plan.digest:
+                raise Unusable(
+                    f"The rollout to go on with ({old.id}, {old.outcome}) is of another bundle, with SHA-256 {old.target}: "
+                    f"{old.options.get('bundle')}. Give that one, or begin anew without --resume."
+                )
             self.run = old.id
-            self._waves = self._remaining_waves(old)
+            now = {host for _, hosts in plan.waves for host in hosts}
+            known = {host for wave in journal.waves(old.id) for host in wave["hosts"]}
+            for host in sorted(known - now):
+                journal.host(old.id, host, state="gone")
+                journal.note(old.id, f"{host} is no longer in the inventory")
+            if now - known:
+                journal.note(old.id, f"new in the inventory: {', '.join(sorted(now - known))}")
             journal.again(old.id)
         journal.plan(self.run, self._waves)
 
@@ -320,7 +359,8 @@ class Rollout:
                         reason = f"{reason} The way back of the others was not gone: {error}"
                 return "stopped", reason
         bad = [host for host, row in self._journal.hosts(self.run).items() if row["state"] not in (*DONE, "gone")]
-        return "done", f"{self._plan.version} is everywhere." if not bad else (
+        where = f" in {self._options.limit}" if self._options.limit else ""
+        return "done", f"{self._plan.version} is everywhere{where}." if not bad else (
             f"Done within the budget; not on {self._plan.version}: {', '.join(bad)}"
         )
 
@@ -469,34 +509,6 @@ class Rollout:
             return ""
         left = sum(len(hosts) for _, hosts in self._waves[number + 1 :])
         return f"Stopped after {name}: {names}; {len(spent)} failed, the budget is {self._wanted.budget}. {left} hosts were not touched."
-
-    # ── Resume
-
-    def _unfinished(self) -> Run:
-        for run in self._journal.runs(verb="rollout", inventory=self._options.inventory, limit=1):
-            if run.outcome == "done":
-                break
-            if run.target != self._plan.digest:
-                raise Unusable(
-                    f"The rollout to go on with ({run.id}, {run.outcome}) is of another bundle, with SHA-256 {run.target}: "
-                    f"{run.options.get('bundle')}. Give that one, or begin anew without --resume."
-                )
-            return run
-        raise Unusable(f"No rollout of {self._options.inventory} is unfinished; noxctl runs lists them")
-
-    def _remaining_waves(self, run: Run) -> list[tuple[str, list[str]]]:
-        """The old waves with the inventory of today: who left is gone, who is new comes last."""
-        now = [host for _, hosts in self._plan.waves for host in hosts]
-        old = [(wave["name"], wave["hosts"]) for wave in self._journal.waves(run.id)]
-        known = {host for _, hosts in old for host in hosts}
-        for host in sorted(known - set(now)):
-            self._journal.host(run.id, host, state="gone")
-            self._journal.note(run.id, f"{host} is no longer in the inventory")
-        waves = [(name, [host for host in hosts if host in now]) for name, hosts in old]
-        if new := [host for host in now if host not in known]:
-            self._journal.note(run.id, f"new in the inventory: {', '.join(new)}")
-            waves.append((f"wave {len(waves)}", new))
-        return [(name, hosts) for name, hosts in waves if hosts]
 
     # ── Small things
 

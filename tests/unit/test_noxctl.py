@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from noxctl import journal as journal_module
 from noxctl import report, rollout
+from noxctl.cli import app
 from noxctl.journal import Journal, Locked, locked
 from noxctl.play import End, Event, Options, PlayError, error_text, fleet, note, read, remove_leftovers
 from noxctl.rollout import Unusable, deal, exit_code, judge, read_bundle, status_of
@@ -191,6 +194,70 @@ def test_what_was_written_is_there_for_the_next_controller(tmp_path: Path) -> No
     other.plan(run, [("canary", ["a"]), ("wave 1", ["c"])])
     assert other.hosts(run)["a"]["state"] == "done"
     assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
+
+
+def test_resume_keeps_the_old_waves_and_adds_who_is_new(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    with pytest.raises(Unusable, match="is unfinished"):
+        rollout.unfinished(journal, tmp_path)
+    run = journal.begin("rollout", tmp_path, "digest")
+    journal.plan(run, [("canary", ["c"]), ("wave 1", ["a", "b"])])
+    journal.end(run, "paused")
+    plan = rollout.Plan("2", "digest", frozenset(), [("canary", ["a"]), ("wave 1", ["c", "new"])])
+    assert rollout.resumed(plan, rollout.unfinished(journal, tmp_path), journal).waves == [
+        ("canary", ["c"]), ("wave 1", ["a"]), ("wave 2", ["new"]),
+    ]  # fmt: skip
+    journal.end(run, "done")
+    with pytest.raises(Unusable, match="is unfinished"):
+        rollout.unfinished(journal, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "soak", "budget", "limit"), [((), 3.0, 2, "a,b"), (("--soak", "5", "--limit", "a"), 5.0, 2, "a")]
+)
+def test_resume_needs_only_to_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], soak: float, budget: int, limit: str
+) -> None:
+    monkeypatch.setenv("NOX_STATE_DIR", str(tmp_path))
+    inventory = tmp_path / "hosts.yml"
+    seen: dict[str, Any] = {}
+    inventory.write_text("nox: {hosts: {a: {}, b: {}, c: {}}}\n")
+    release = {
+        "id": "2-b",
+        "version": "2",
+        "python": "3.10",
+        "arch": "x86_64",
+        "sha256": hashlib.sha256(b"x").hexdigest(),
+    }
+    contents = {"format": 1, "version": "2", "releases": [release]}
+    given = bundle(tmp_path / "nox.bundle", contents, {"releases/2-b.tar.gz": b"x"})
+    asked = {"bundle": str(given), "soak": 3.0, "budget": 2, "on_failure": "rollback-all", "limit": "a,b"}
+    journal = Journal()
+    run = journal.begin("rollout", inventory, read_bundle(given)[1], asked)
+    journal.plan(run, [("canary", ["b"]), ("wave 1", ["a"])])
+    journal.host(run, "b", state="done")
+
+    class Seen:
+        def __init__(self, *parts: Any) -> None:
+            seen.update(zip(("plan", "wanted", "options", "journal", "view", "old"), parts, strict=True))
+
+        def go(self) -> None:
+            raise Unusable("as far as this test goes")
+
+    monkeypatch.setattr(rollout, "Rollout", Seen)
+    done = CliRunner().invoke(app, ["rollout", "-i", str(inventory), "--resume", "--yes", *words])
+    assert "as far as this test goes" in done.output and done.exit_code == 2
+    assert "wave 1  1      a" in done.output and "canary" not in done.output
+    wanted = seen["wanted"]
+    assert (wanted.bundle, wanted.soak, wanted.budget, seen["options"].limit) == (given, soak, budget, limit)
+    assert wanted.on_failure is rollout.OnFailure.ROLLBACK_ALL and seen["old"].id == run
+
+
+def test_a_rollout_of_nothing_says_what_it_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOX_STATE_DIR", str(tmp_path))
+    (inventory := tmp_path / "hosts.yml").write_text("nox: {hosts: {a: {}}}\n")
+    done = CliRunner().invoke(app, ["rollout", "-i", str(inventory), "--yes"])
+    assert done.exit_code == 2 and "noxctl rollout FILE" in done.output
 
 
 HOLDER = """
