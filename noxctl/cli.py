@@ -359,7 +359,9 @@ def status(
         console = Console()
         console.print(status_table(found))
         for one in found:
-            if one["problem"]:  # below, since a sentence beside eight columns is one word wide on a usual terminal
+            if (
+                one["problem"] and one["reachable"]
+            ):  # below, since a sentence beside eight columns is one word wide on a usual terminal
                 console.print(Text(f"{one['host']}: {printable(one['problem'])}", style="red"))
     if not all(one["reachable"] for one in found):
         raise typer.Exit(Exit.UNREACHABLE)

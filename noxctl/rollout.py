@@ -508,7 +508,8 @@ class Rollout:
             self._journal.note(self.run, f"{name}: {names} spent {len(spent)} of a budget of {self._wanted.budget}")
             return ""
         left = sum(len(hosts) for _, hosts in self._waves[number + 1 :])
-        return f"Stopped after {name}: {names}; {len(spent)} failed, the budget is {self._wanted.budget}. {left} hosts were not touched."
+        untouched = f" Not touched: {left} more." if left else ""
+        return f"Stopped after {name}: {names}; {len(spent)} failed, the budget is {self._wanted.budget}.{untouched}"
 
     # ── Small things
 
