@@ -170,7 +170,7 @@ class Service:
                     request.overwrite,
                     upload.metered(content),
                     settings.max_body,
-                    self.quota.stored,
+                    upload.stored,
                 )
         except Failure:
             # The peer listens only when it has said all.

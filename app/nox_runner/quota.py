@@ -9,6 +9,7 @@ is removed, except uploads. See docs/decisions/0007-quota.md.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
@@ -71,7 +72,7 @@ class Quota:
         self._scanning = threading.Lock()
         self._running: set[Lease] = set()
         self._uploads: list[Upload] = []
-        self._uploaded: dict[tuple[int, int], tuple[int, int]] = {}
+        self._uploaded: dict[tuple[int, int], tuple[int, float]] = {}
         """By device and inode size and time of late uploads, which are not a run's."""
         self._cutting = False
         self._dirty = True
@@ -142,6 +143,8 @@ class Quota:
         finally:
             with self._changed:
                 self._uploads.remove(upload)
+                if upload.file:
+                    self._uploaded[upload.file] = (self._uploaded[upload.file][0], time.time_ns())
                 self._dirty = True
                 self._changed.notify_all()
 
@@ -155,10 +158,11 @@ class Quota:
                 raise self._full()
             upload.size += size
 
-    def stored(self, state: os.stat_result) -> None:
-        """The file of an upload is in its place, or just about to be."""
+    def stored(self, upload: Upload, state: os.stat_result) -> None:
+        """An upload is just about to be in its place, and counts as one however long that takes."""
         with self._changed:
-            self._uploaded[state.st_dev, state.st_ino] = (state.st_size, time.time_ns())
+            upload.file = (state.st_dev, state.st_ino)
+            self._uploaded[upload.file] = (state.st_size, math.inf)
 
     def _full(self) -> Failure:
         settings = self._settings()
@@ -300,6 +304,8 @@ class Upload:
     quota: Quota
     files: int
     size: int = 0
+    file: tuple[int, int] | None = None
+    """Device and inode, once it is complete."""
 
     def metered(self, content: Iterable[bytes]) -> Iterator[bytes]:
         """`content`, for which room is reserved before each piece; Failure `no_space`."""
@@ -307,6 +313,10 @@ class Upload:
         for piece in content:
             self.quota.reserve(self, len(piece))
             yield piece
+
+    def stored(self, state: os.stat_result) -> None:
+        """Its file is complete, and just about to be in its place."""
+        self.quota.stored(self, state)
 
 
 def _now_ns() -> int:

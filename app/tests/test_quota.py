@@ -143,9 +143,9 @@ def test_a_run_that_exceeds_is_cut_and_costs_only_itself(
     time.sleep(0.05)
     quota = make(tmp_path, quota_files=100)
     quota.start()
-    put = tmp_path / "put"
-    put.write_text("uploaded")
-    quota.stored(put.stat())
+    with quota.upload("put") as upload:
+        (tmp_path / "put").write_text("uploaded")
+        upload.stored((tmp_path / "put").stat())
     with quota.run(connection) as lease:
         for number in range(150):
             (tmp_path / f"new{number}").touch()
@@ -159,6 +159,24 @@ def test_a_run_that_exceeds_is_cut_and_costs_only_itself(
     assert sorted(os.listdir(tmp_path)) == ["old", "put"]
     with quota.run(connection):
         pass
+
+
+def test_an_upload_that_took_long_to_be_in_its_place_stays(
+    tmp_path: Path, connection: socket.socket
+) -> None:
+    quota = make(tmp_path, quota_files=100)
+    quota.start()
+    with quota.upload("put") as upload:
+        (tmp_path / "unnamed").write_text("uploaded")
+        upload.stored((tmp_path / "unnamed").stat())
+        time.sleep(0.1)  # a busy disk
+        (tmp_path / "unnamed").rename(tmp_path / "put")
+    with quota.run(connection):
+        for number in range(150):
+            (tmp_path / f"new{number}").touch()
+        assert wait_for(lambda: not connection.recv(1), "the cut")
+    wait_for(lambda: not quota._cutting, "the end of the pruning")
+    assert os.listdir(tmp_path) == ["put"]
 
 
 def test_what_is_unlinked_but_open_counts(tmp_path: Path, connection: socket.socket) -> None:
