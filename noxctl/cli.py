@@ -358,10 +358,9 @@ def status(
     else:
         console = Console()
         console.print(status_table(found))
+        # below, since a sentence beside eight columns is one word wide on a usual terminal
         for one in found:
-            if (
-                one["problem"] and one["reachable"]
-            ):  # below, since a sentence beside eight columns is one word wide on a usual terminal
+            if one["problem"] and one["reachable"]:
                 console.print(Text(f"{one['host']}: {printable(one['problem'])}", style="red"))
     if not all(one["reachable"] for one in found):
         raise typer.Exit(Exit.UNREACHABLE)

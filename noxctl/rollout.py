@@ -287,7 +287,7 @@ class Rollout:
     def __init__(
         self, plan: Plan, wanted: Wanted, options: Options, journal: Journal, view: View, old: Run | None = None
     ) -> None:
-        """`old` is what `plan` was resumed from. Raises Unusable where that was of another bundle."""
+        """`old` is what `plan` was resumed from. Raises Unusable where that was of another bundle, or isn't the last one any more."""
         self._plan, self._wanted, self._options, self._journal, self._view = plan, wanted, options, journal, view
         self._waves = plan.waves
         self._interrupts = 0
@@ -299,6 +299,9 @@ class Rollout:
             }  # fmt: skip
             self.run = journal.begin("rollout", options.inventory, plan.digest, about)
         else:
+            # chosen before the operator agreed, when nothing was locked yet
+            if unfinished(journal, options.inventory).id != old.id:
+                raise Unusable(f"Meanwhile there was another rollout than {old.id}; noxctl runs lists them")
             if old.target != plan.digest:
                 raise Unusable(
                     f"The rollout to go on with ({old.id}, {old.outcome}) is of another bundle, with SHA-256 {old.target}: "

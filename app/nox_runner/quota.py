@@ -143,8 +143,8 @@ class Quota:
         finally:
             with self._changed:
                 self._uploads.remove(upload)
-                if upload.file:
-                    self._uploaded[upload.file] = (self._uploaded[upload.file][0], time.time_ns())
+                if upload.state:
+                    self._remember(upload.state, time.time_ns())
                 self._dirty = True
                 self._changed.notify_all()
 
@@ -161,8 +161,11 @@ class Quota:
     def stored(self, upload: Upload, state: os.stat_result) -> None:
         """An upload is just about to be in its place, and counts as one however long that takes."""
         with self._changed:
-            upload.file = (state.st_dev, state.st_ino)
-            self._uploaded[upload.file] = (state.st_size, math.inf)
+            upload.state = state
+            self._remember(state, math.inf)
+
+    def _remember(self, state: os.stat_result, at_ns: float) -> None:
+        self._uploaded[state.st_dev, state.st_ino] = (state.st_size, at_ns)
 
     def _full(self) -> Failure:
         settings = self._settings()
@@ -304,8 +307,8 @@ class Upload:
     quota: Quota
     files: int
     size: int = 0
-    file: tuple[int, int] | None = None
-    """Device and inode, once it is complete."""
+    state: os.stat_result | None = None
+    """Its file's, once that is complete."""
 
     def metered(self, content: Iterable[bytes]) -> Iterator[bytes]:
         """`content`, for which room is reserved before each piece; Failure `no_space`."""

@@ -212,6 +212,20 @@ def test_resume_keeps_the_old_waves_and_adds_who_is_new(tmp_path: Path) -> None:
         rollout.unfinished(journal, tmp_path)
 
 
+def test_resume_looks_again_when_it_has_the_lock(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    plan = rollout.Plan("2", "digest", frozenset(), [("canary", ["a"])])
+    wanted, options, lines = rollout.Wanted(tmp_path / "bundle"), Options(tmp_path), Lines(Console(file=io.StringIO()))
+    journal.plan(journal.begin("rollout", tmp_path, "digest"), plan.waves)
+    old = rollout.unfinished(journal, tmp_path)
+    newer = journal.begin("rollout", tmp_path, "digest")
+    with pytest.raises(Unusable, match="another rollout"):
+        rollout.Rollout(plan, wanted, options, journal, lines, old)
+    journal.end(newer, "done")
+    with pytest.raises(Unusable, match="is unfinished"):
+        rollout.Rollout(plan, wanted, options, journal, lines, old)
+
+
 @pytest.mark.parametrize(
     ("words", "soak", "budget", "limit"), [((), 3.0, 2, "a,b"), (("--soak", "5", "--limit", "a"), 5.0, 2, "a")]
 )
