@@ -69,57 +69,65 @@ def not_enforced(limits: Limits) -> dict[str, str]:
 
 def apply(pid: int, limits: Limits) -> None:
     """Set the resource limits of the process `pid`, which its later children inherit."""
-    apply_ahead(pid, limits)
-    apply_last(pid, limits)
-
-
-def apply_ahead(pid: int, limits: Limits) -> None:
-    """Set those that are the same for every program.
-
-    Memory is limited by RLIMIT_DATA, which counts what a process may write to privately: heap,
-    anonymous mappings, thread stacks. So one big allocation gets ENOMEM (MemoryError), while
-    address space that is only reserved (allocator arenas, JITs) costs nothing, as it would
-    with RLIMIT_AS. Shared mappings are not counted there; a wide RLIMIT_AS bounds them.
-
-    The number of processes is counted per user namespace since Linux 5.14, so `pid` must be in
-    the run's own already.
-    """
-    _set(
-        pid,
-        {
-            resource.RLIMIT_AS: max(_ADDRESS_SPACE, 4 * limits.memory),
-            resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_DATA: limits.memory,
-            resource.RLIMIT_MEMLOCK: 64 << 10,
-            resource.RLIMIT_NOFILE: _OPEN_FILES,
-            resource.RLIMIT_NPROC: limits.processes,
-            resource.RLIMIT_STACK: _STACK,
-        },
-    )
+    _set(pid, {**inherited(limits), **own(limits)})
     # Where the host runs out of memory, runs should die before the services. Only a hint: a run
     # may take it back.
     with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
         file.write("1000")
 
 
-def apply_last(pid: int, limits: Limits) -> None:
-    """Set those that depend on the program.
+def inherited(limits: Limits) -> dict[int, int]:
+    """Resource limits that a process may hand on to its children without feeling them itself.
 
-    CPU time counts all threads: it is a second net under the wall clock, and must not cut a program
-    that uses each core for the whole of its time.
+    Memory is limited by RLIMIT_DATA, which counts what a process may write to privately: heap,
+    anonymous mappings, thread stacks. So one big allocation gets ENOMEM (MemoryError), while
+    address space that is only reserved (allocator arenas, JITs) costs nothing, as it would
+    with RLIMIT_AS. Shared mappings are not counted there; a wide RLIMIT_AS bounds them.
     """
-    _set(
-        pid,
+    return _possible(
+        {
+            resource.RLIMIT_AS: max(_ADDRESS_SPACE, 4 * limits.memory),
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_DATA: limits.memory,
+            resource.RLIMIT_FSIZE: limits.file_size,
+            resource.RLIMIT_MEMLOCK: 64 << 10,
+            resource.RLIMIT_NOFILE: _OPEN_FILES,
+            resource.RLIMIT_STACK: _STACK,
+        }
+    )
+
+
+def own(limits: Limits) -> dict[int, int]:
+    """Those that a run's own process has to get.
+
+    The number of processes is counted per user namespace since Linux 5.14, so the process must be
+    in the run's own already. CPU time counts all threads: it is a second net under the wall clock,
+    and must not cut a program that uses each core for the whole of its time.
+    """
+    return _possible(
         {
             resource.RLIMIT_CPU: math.ceil(limits.timeout) * (os.cpu_count() or 1) + 1,
-            resource.RLIMIT_FSIZE: limits.file_size,
-        },
+            resource.RLIMIT_NPROC: limits.processes,
+        }
     )
+
+
+def adjust(pid: int, limits: Limits, before: Limits) -> None:
+    """Set those that differ from `before`, which the process `pid` has; none may be raised."""
+    old = {**inherited(before), **own(before)}
+    new = {**inherited(limits), **own(limits)}
+    _set(pid, {which: value for which, value in new.items() if value != old[which]})
+
+
+def _possible(wanted: dict[int, int]) -> dict[int, int]:
+    """The service's own hard limit may be lower, and cannot be raised without privilege."""
+    hard = {which: resource.getrlimit(which)[1] for which in wanted}
+    return {
+        which: value if hard[which] == resource.RLIM_INFINITY else min(value, hard[which])
+        for which, value in wanted.items()
+    }
 
 
 def _set(pid: int, wanted: dict[int, int]) -> None:
     for which, value in wanted.items():
-        # The service's own hard limit may be lower, and cannot be raised without privilege.
-        _, hard = resource.getrlimit(which)
-        ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.prlimit(pid, which, (ceiling, ceiling))
+        resource.prlimit(pid, which, (value, value))

@@ -48,11 +48,11 @@ _NAMES = """
     utimes vfork vmsplice wait4 waitid write writev
 """
 
-# What the init of the zygote's sandboxes does: wait, report, end; and what an interpreter does
-# beside that.
+# What the init of the zygote's processes does: say that it is there, and nothing from then on; and
+# what an interpreter does beside that.
 _INIT_NAMES = """
-    brk clock_gettime close exit exit_group futex getrusage madvise mmap mprotect mremap munmap
-    rt_sigprocmask rt_sigreturn wait4 write
+    brk close exit exit_group futex madvise mmap mprotect mremap munmap pause ppoll rt_sigprocmask
+    rt_sigreturn write
 """
 
 # Younger than the libseccomp of the oldest hosts. From 424 on all processors share the numbers.
@@ -115,7 +115,7 @@ def program() -> bytes:
 
 
 def init_program() -> bytes:
-    """The same for the init of a sandbox, which needs next to nothing."""
+    """The same for the init of the zygote's processes, which needs next to nothing."""
     return _compile(_INIT_NAMES, {})
 
 

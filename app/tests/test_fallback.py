@@ -110,7 +110,8 @@ def test_the_zygote_by_the_suites_own_python(own: Make) -> None:
     python = nox.root / "python3"
     libraries = os.environ.get("LD_LIBRARY_PATH", "")
     interpreter = Path(sys.base_prefix, "bin", f"python{VERSION}")
-    python.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={libraries} exec {interpreter} "$@"\n')
+    way = f"LD_LIBRARY_PATH={libraries} " if libraries else ""
+    python.write_text(f'#!/bin/sh\n{way}exec {interpreter} "$@"\n')
     python.chmod(0o755)
     with_fault(nox, f"{OTHER_PYTHON}\nuse({str(python)!r}, {sys.base_prefix!r})")
     for program, printed in PROGRAMS.items():

@@ -13,6 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import httpx
 from service import APP, Service, as_user, environment, running, wait_for
@@ -381,22 +384,48 @@ def test_a_client_that_leaves_a_download(own: Make) -> None:
 
 
 def test_a_zygote_that_is_killed_is_replaced(own: Make) -> None:
+    """Each of its three processes; and no sandbox, or anything else, outlives it, or the runner."""
     nox = own(NOX_BACKEND="zygote").start()
     assert nox.runner is not None
     runner = nox.runner.pid
     assert nox.python("print(1)")["stdout"] == "1\n"
-    for _ in range(3):
-        wait_for(lambda: len(children(runner)) == 1, "one zygote, and no orphan of the last one")
-        os.kill(children(runner)[0], signal.SIGKILL)
+    old: dict[int, str] = {}
+    for which in ("starter", "init", "zygote"):
+        old = descendants(runner)
+        killed = {name: pid for pid, name in old.items()}[which]
+        os.kill(killed, signal.SIGKILL)
         wait_for(lambda: nox.python("print(1)")["stdout"] == "1\n", "a run")
-    wait_for(lambda: len(children(runner)) == 1, "one zygote")
-    zygote = children(runner)[0]
-    waiting = children(zygote)
-    assert waiting
+        wait_for(partial(are_gone, list(old)), "the end of the old ones")
+    old = descendants(runner)
+    assert set(old.values()) == {"starter", "init", "zygote", "sandbox's init", "program"}
     nox.runner.kill()
     nox.runner.wait()
-    # None of what was made ahead outlives the runner.
-    wait_for(lambda: not any(os.path.exists(f"/proc/{p}") for p in [zygote, *waiting]), "the end")
+    wait_for(partial(are_gone, list(old)), "the end")
+
+
+def are_gone(pids: list[int]) -> bool:
+    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_a_sandbox_that_is_killed_from_outside_is_the_services_fault(own: Make) -> None:
+    """Its init by itself, and with all others; the program's own end stays the program's."""
+    nox = own(NOX_BACKEND="zygote").start()
+    assert nox.runner is not None
+    runner = nox.runner.pid
+    text = "open('here', 'w').close()\nimport time; time.sleep(20)"
+    for which in ("sandbox's init", "zygote"):
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(nox.post, "/run_py", code=text)
+            wait_for(lambda: (nox.sandbox / "here").exists(), "the program")
+            for pid, name in descendants(runner).items():
+                if name == which:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            assert run.result()["status"] == "sandbox_error"
+        (nox.sandbox / "here").unlink()
+        wait_for(lambda: nox.python("print(1)")["stdout"] == "1\n", "a run")
+    result = nox.python("import os; os.kill(os.getpid(), 9)")
+    assert (result["status"], result["signal"]) == ("error", 9)
 
 
 def test_a_sandbox_directory_that_is_replaced(own: Make) -> None:
@@ -414,6 +443,32 @@ def test_modules_that_cannot_be_loaded_ahead_are_skipped(own: Make) -> None:
     assert nox.detail()["runner"]["backend"] == "zygote"
     assert "antigravity_does_not_exist" in nox.runner_log()
     assert "preimport_skipped" in nox.runner_log()
+
+
+def descendants(runner: int) -> dict[int, str]:
+    """What each process below the runner is, by how deep in pid namespaces it is, and which one."""
+    names = {
+        (0, False): "starter", (1, True): "init", (1, False): "zygote",
+        (2, True): "sandbox's init", (2, False): "program",
+    }  # fmt: skip
+    found: dict[int, str] = {}
+    waiting = children(runner)
+    while waiting:
+        pid = waiting.pop()
+        try:
+            numbers = pids(pid)
+            waiting += children(pid)
+        except OSError:
+            continue
+        deep = len(numbers) - len(pids(runner))
+        found[pid] = names[deep, deep > 0 and numbers[-1] == "1"]
+    return found
+
+
+def pids(pid: int) -> list[str]:
+    """A process's number in each pid namespace it is in."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[1:]
 
 
 def children(pid: int) -> list[int]:

@@ -125,7 +125,7 @@ def table(figures: dict[str, Any]) -> str:
         row("CPU of a run, 8 clients, zygote", found["all"], "ms", "bare `python3 -c`", found["bare"], "")
         own = {name: found[name] for name in ("front", "runner", "client")}
         what = f"of it the sandbox, beside {', '.join(f'{name} {value:.1f}' for name, value in own.items())}"
-        row(what, found["all"] - sum(own.values()), "ms", "two forks of Python into namespaces", found["forks"], "")
+        row(what, found["all"] - sum(own.values()), "ms", "a fork of Python into namespaces", found["forks"], "")
     if found := figures.get("preimport"):
         base = found["without"]["p50_ms"]
         row(

@@ -42,8 +42,7 @@ _BWRAP = [
     *("--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
     *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--dir", "/sandbox", "--chdir", "/sandbox"),
 ]  # fmt: skip
-# The least that a sandbox is: a Python process that is forked into namespaces of its own, and forked once more, so that the
-# program is not their first process. Until stdin is closed.
+# The least that a sandbox is: a Python process that is forked into namespaces of its own. Until stdin is closed.
 _FORKS = """
 import os, select, sys
 sys.path.append(sys.argv[1])
@@ -51,18 +50,14 @@ from nox_runner.zygote import child, kernel
 count = 0
 while not select.select([0], [], [], 0)[0]:
     told, program = os.pipe()
-    init, handle = kernel.clone(child.NAMESPACES)
-    if init == 0:
-        if os.fork() == 0:
-            os.write(program, b"1")
-            os._exit(0)
-        os.wait()
+    if os.fork() == 0:
+        kernel.unshare(kernel.CLONE_NEWUSER | child.NAMESPACES)
+        os.write(program, b"1")
         os._exit(0)
     os.close(program)
     assert os.read(told, 1) == b"1"
-    os.waitpid(init, 0x40000000)
+    os.wait()
     os.close(told)
-    os.close(handle)
     count += 1
 print(count)
 """
@@ -190,7 +185,7 @@ def throughput(targets: dict[str, Target], seconds: float) -> dict[str, Any]:
 
 
 def cpu(service: Callable[..., Any], app: Path, seconds: float) -> dict[str, float]:
-    """Milliseconds of CPU that a run takes with eight clients, and who spends them; the same of a bare start, and of two forks.
+    """Milliseconds of CPU that a run takes with eight clients, and who spends them; the same of a bare start, and of a fork.
 
     `all` is the whole machine's: what the other names leave of it are the sandboxes with the zygote that makes them, and the
     kernel's own threads.
@@ -347,7 +342,8 @@ def state(nox: Any) -> dict[str, float]:
     """What must not grow."""
     front, runner = nox.front.pid, nox.runner.pid
     helpers = at_rest(runner)
-    zygote = children(runner)[0]
+    # Its own pid namespace's second process; the first one is the child of what the runner started.
+    zygote = next(pid for pid in helpers if not is_first(pid) and depth(pid) == depth(runner) + 1)
     return {
         "front MiB": resident(front),
         "runner MiB": resident(runner),
@@ -381,6 +377,20 @@ def is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False
+
+
+def depth(pid: int) -> int:
+    """Of its pid namespace."""
+    return len(numbers(pid))
+
+
+def is_first(pid: int) -> bool:
+    """Whether it is the init of its pid namespace."""
+    return numbers(pid)[-1] == "1"
+
+
+def numbers(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/status").read_text().partition("NSpid:")[2].partition("\n")[0].split()
 
 
 def groups(runner: int) -> int:

@@ -15,5 +15,8 @@ def test_the_profile_follows_the_runners_own_filter(monkeypatch):
     seccomp = importlib.import_module("nox_runner.seccomp")
     profile = json.loads((ROOT / "container/seccomp.json").read_text())
     assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
-    (allowed,) = [rule for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW"]
+    pids, allowed = [rule for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW"]
+    kernel = importlib.import_module("nox_runner.zygote.kernel")
+    wanted = {"index": 1, "value": kernel.CLONE_NEWPID, "op": "SCMP_CMP_EQ"}
+    assert (pids["names"], pids["args"]) == (["setns"], [wanted])
     assert set(allowed["names"]) == {*seccomp._NAMES.split(), *seccomp._CONDITIONAL, *BUILDING}

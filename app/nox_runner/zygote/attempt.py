@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from nox_runner import limits as resource_limits
 from nox_runner import usage
 from nox_runner.backend import ClientGoneError, Outcome, Program
 from nox_runner.command import SOURCES, own_environment
@@ -37,11 +36,15 @@ class Attempt:
         client: socket.socket | None,
     ) -> None:
         self._hatchling = hatchling
+        assert hatchling.notice is not None  # it has greeted
+        self._notice = hatchling.notice
+        self._listener = hatchling.notice.listener
         self._limits = limits
         self._client = client
         self._verdict: Status | None = None
         self._client_gone = False
-        self._report: tuple[int, bool, int, int] | None = None
+        self._report: tuple[int, int, int] | None = None
+        """Wait status, CPU time in µs, largest RSS in KiB."""
         self._usage = usage.Usage()
         self._done = False
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -57,7 +60,6 @@ class Attempt:
             os.set_blocking(self._stdin, False)
         self._stdout = Output(stdout[0], limits.output)
         self._stderr = Output(stderr[0], limits.output)
-        resource_limits.apply_last(hatchling.pid, limits)
         job = json.dumps(
             {
                 "language": program.language,
@@ -74,9 +76,9 @@ class Attempt:
 
     def run(self) -> Outcome:
         """Watch until the end; ClientGoneError if the client left before."""
-        self._watch(self._hatchling.report, self._on_report)
-        if self._hatchling.notice is not None:
-            self._watch(self._hatchling.notice.listener, self._on_notice)
+        self._watch(self._hatchling.process, self._on_exit)
+        if self._listener is not None:
+            self._watch(self._listener, self._on_notice)
         self._watch(self._stdout.descriptor, lambda: self._on_output(self._stdout))
         self._watch(self._stderr.descriptor, lambda: self._on_output(self._stderr))
         if self._stdin >= 0:
@@ -124,28 +126,28 @@ class Attempt:
         del self._handlers[descriptor]
         self._poll.unregister(descriptor)
 
-    def _on_report(self) -> None:
-        told = os.read(self._hatchling.report, child.REPORT.size)
-        self._forget(self._hatchling.report)
-        if self._hatchling.notice is not None:
-            self._forget(self._hatchling.notice.listener)
-        if len(told) == child.REPORT.size:
-            self._report = child.REPORT.unpack(told)
-        if self._report is not None and self._report[1]:
+    def _on_exit(self) -> None:
+        self._forget(self._hatchling.process)
+        if self._listener is not None:
+            self._forget(self._listener)
+        alone = self._notice.is_alone()
+        _, status, used = os.wait4(self._hatchling.pid, 0)
+        if alone is not None:
+            micros = round((used.ru_utime + used.ru_stime) * 1e6)
+            self._report = (status, micros, used.ru_maxrss)
+        if alone:
             self._done = True
             return
-        # Others are left, or the init died. With it everything does; that is awaited.
+        # Others are left, or the init dies. With it everything does; that is awaited.
         self._hatchling.kill()
         self._deadline = time.monotonic() + _KILL_SECONDS
-        self._watch(self._hatchling.handle, self._on_ended)
+        self._watch(self._hatchling.init, self._on_ended)
 
     def _on_notice(self) -> None:
-        notice = self._hatchling.notice
-        assert notice is not None
-        found = notice.take(self._hatchling.pid)
+        found = self._notice.take(self._hatchling.pid)
         if found is None or self._verdict is not None:
             return
-        self._report = (found.code << 8, True, found.cpu_us, found.max_rss_kib)
+        self._report = (found.code << 8, found.cpu_us, found.max_rss_kib)
         self._done = True
 
     def _on_ended(self) -> None:
@@ -201,7 +203,6 @@ class Attempt:
         if self._hatchling.group is not None:
             cpu_ms = max(self._usage.cpu_ms, self._hatchling.group.cpu_ms())
             self._usage = usage.Usage(cpu_ms, self._usage.max_rss_bytes)
-        # Its end closes the report's pipe, and so is seen.
         self._hatchling.kill()
 
     def _outcome(self, finished: float) -> Outcome:
@@ -209,7 +210,7 @@ class Attempt:
         cpu_ms, rss = self._usage.cpu_ms, self._usage.max_rss_bytes
         status: Status = "error"
         if self._report is not None:
-            told, _, micros, kibibytes = self._report
+            told, micros, kibibytes = self._report
             cpu_ms = max(cpu_ms, -(-(micros - self._hatchling.spent_us) // 1000))
             rss = max(rss, kibibytes * 1024)
             if os.WIFSIGNALED(told):

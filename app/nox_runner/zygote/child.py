@@ -1,7 +1,8 @@
-"""One sandbox from the inside: an init that reports, and the process that becomes the program.
+"""One sandbox from the inside: the process that becomes the program.
 
-The init is process 1 of its namespaces. It alone holds the pipe to the runner, and tells there how
-the program really ended. The program cannot reach it: it is not dumpable (so /proc/1 and ptrace
+It is process 2 of its pid namespace, and the runner's child, which so learns from the kernel how
+the program ended. Process 1 is the zygote's (`kernel.Idle`): it does nothing, and with it all end.
+The program cannot reach it: it is of another user namespace and not dumpable (so /proc/1 and ptrace
 are closed), and a namespace's init gets no signal from inside that it has no handler for.
 """
 
@@ -26,42 +27,38 @@ from typing import Any, NoReturn
 
 from nox_runner.zygote import kernel
 
-REPORT = struct.Struct("=i?qq")
-"""Wait status; whether no other process was left; CPU time in µs and largest RSS in KiB."""
 READY = struct.Struct("=q")
-"""CPU time in µs that was spent before the job. With it come the descriptors of its exit's notice,
-if there is one: the listener, and what NOTICE_FILES names."""
+"""CPU time in µs that was spent before the job. With it come the descriptors of what FILES names,
+and, where the kernel tells of an exit ahead, of that notice's listener."""
 JOB = struct.Struct("=I")
 """Length of the JSON text of a job; with it come the descriptors."""
-NOTICE_FILES = ("self/status", "thread-self/children", "1/task/1/children", "self/stat")
+FILES = ("1/stat", "1/task/1/children", "self/status", "thread-self/children", "self/stat")
 """Below /proc: what tells, at its exit, whether the program is alone, and what it has used."""
-SEALED = b"S"
-"""Comes through the report's pipe when the init has given up its privileges."""
 FAILED = b"E"
 """Begins what is told in place of READY when a sandbox cannot be made."""
 
+# Apart from these: that of processes, which is made before, and that of users, which comes last. So
+# no namespace but the latter belongs to it, and capabilities in it are none over the others.
 NAMESPACES = (
-    kernel.CLONE_NEWUSER
-    | kernel.CLONE_NEWPID
-    | kernel.CLONE_NEWNS
+    kernel.CLONE_NEWNS
     | kernel.CLONE_NEWNET
     | kernel.CLONE_NEWIPC
     | kernel.CLONE_NEWUTS
     | kernel.CLONE_NEWCGROUP
 )
 _PLACE = "/run/nox"
-# The filter forbids namespaces too; a second wall costs nothing.
-_USER_LIMITS = {
-    "user_namespaces": 0,
-    "inotify_instances": 16,
-    "inotify_watches": 4096,
-}
+_KERNEL_FILES = (
+    # Where the host runs out of memory, runs should die before the services. Only a hint: a run
+    # may take it back.
+    ("/proc/self/oom_score_adj", "1000"),
+    # The filter forbids namespaces too; a second wall costs nothing.
+    ("/proc/sys/user/max_user_namespaces", "0"),
+    ("/proc/sys/user/max_inotify_instances", "16"),
+    ("/proc/sys/user/max_inotify_watches", "4096"),
+)
 _SIGNALS = _signal.valid_signals()
 _known = _null = _most = 0
 _REHEARSAL = json.dumps({"env": {"NOX_RUN_ID": "0" * 32}, "args": []}).encode()
-_WALL = 0x40000000  # also children that were cloned without a signal
-# RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
-_LOOPBACK_UP = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
 
 
 def landlock(sandbox: str) -> tuple[dict[str, int], int] | None:
@@ -92,7 +89,6 @@ def prepare(config: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(config["environment"])
     _known = len(sys.modules)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
     # What is there now is not looked at again by any collection, so its pages stay shared. And
     # none takes place before a program begins.
@@ -100,82 +96,40 @@ def prepare(config: dict[str, Any]) -> None:
     gc.disable()
 
 
-def init(config: dict[str, Any], job: socket.socket, report: int) -> NoReturn:
-    """Be process 1: build the rest of the sandbox, start the program's process, see it end."""
+def live(config: dict[str, Any], job: socket.socket) -> NoReturn:
+    """Build the rest of the sandbox, become the program when it comes, and end."""
     try:
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, kernel.SIGKILL)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         # By the C function: signal.signal() makes enumerations of its arguments, which writes to
         # a hundred pages.
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
-        os.setsid()
-        # All that can be is done in the other process: each page that this one writes to has
-        # to be copied, and once more there.
-        code = os.fork()
-        if code == 0:
-            try:
-                os.close(report)
-                _become_program(config, job, _build(config, job))
-            except BaseException as error:
-                job.send(FAILED + str(error).encode()[:4000])
-            finally:
-                os._exit(126)
-        _close_all_but(report)
-        # No program begins before it is told that this is done.
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-        config["init_seal"]()
-        # A rehearsal, so that the pages it writes to are this process's own by then.
-        _report(0, alone=_alone())
-        os.write(report, SEALED)
-        while True:
-            pid, status = os.waitpid(-1, _WALL)
-            if pid == code:
-                break
-        os.write(report, _report(status, alone=_alone()))
+        for number, handler in config["handlers"]:
+            _signal.signal(number, handler)
+        _become_program(config, job, _build(config, job))
+    except BaseException as error:
+        job.send(FAILED + str(error).encode()[:4000])
     finally:
-        # With its init the whole namespace ends.
-        os._exit(0)
-
-
-def _report(status: int, *, alone: bool) -> bytes:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    micros = round((used.ru_utime + used.ru_stime) * 1e6)
-    return REPORT.pack(status, alone, micros, used.ru_maxrss)
-
-
-def _alone() -> bool:
-    """Whether no process of the program is left. Each would be, in the end, a child of init."""
-    try:
-        while True:
-            pid, _ = os.waitpid(-1, os.WNOHANG | _WALL)
-            if pid == 0:
-                return False
-    except ChildProcessError:
-        return True
+        os._exit(126)
 
 
 def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
-    """Make the rest of the sandbox, and give up what that took; the descriptors of its notice."""
-    _close_all_but(job.fileno())
+    """Make the rest of the sandbox, and give up what that took; the descriptors for READY."""
+    close_all_but(job.fileno())
     os.setsid()
-    kernel.map_ids(config["uid"], config["gid"])
     _mounts(config)
     if not config["network"]:
-        _loopback()
-    _own_limits()
-    notice = _notice(config)
+        config["loopback"]()
+    kernel.unshare(kernel.CLONE_NEWUSER)
+    kernel.map_ids(config["uid"], config["gid"])
+    _limits(config)
+    told = [os.open(f"/proc/{name}", os.O_RDONLY) for name in FILES]
+    listener = config["notice"]() if "notice" in config else -1
+    if listener >= 0:
+        told.append(listener)
     if config["landlock"]:
         kernel.landlock(*config["landlock"])
     config["seal"]()
-    return notice
-
-
-def _notice(config: dict[str, Any]) -> list[int]:
-    listener = config["notice"]() if "notice" in config else -1
-    if listener < 0:
-        return []
-    files = [os.open(f"/proc/{name}", os.O_RDONLY) for name in NOTICE_FILES]
-    return [listener, *files]
+    return told
 
 
 def _mounts(config: dict[str, Any]) -> None:
@@ -198,24 +152,18 @@ def _mounts(config: dict[str, Any]) -> None:
     os.chdir(sandbox)
 
 
-def _loopback() -> None:
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
-        link.send(_LOOPBACK_UP)
-        (error,) = struct.unpack_from("=i", link.recv(4096), 16)
-        if error:
-            raise OSError(-error, f"the loopback does not come up: {os.strerror(-error)}")
-
-
-def _own_limits() -> None:
-    """Limits that the kernel keeps per user namespace, below the user's own, which all share."""
-    for name, value in _USER_LIMITS.items():
+def _limits(config: dict[str, Any]) -> None:
+    """The process's own, and those of its user namespace, below the user's, which all share."""
+    for which, value in config["own_limits"]:
+        resource.prlimit(0, which, (value, value))
+    for path, text in _KERNEL_FILES:
         try:
-            kernel.write(f"/proc/sys/user/max_{name}", str(value))
+            kernel.write(path, text)
         except FileNotFoundError:
             continue
 
 
-def _close_all_but(*kept: int) -> None:
+def close_all_but(*kept: int) -> None:
     """Close all descriptors but `kept`, and the standard ones, which become the null device."""
     for descriptor in range(3):
         os.dup2(_null, descriptor)
@@ -226,7 +174,7 @@ def _close_all_but(*kept: int) -> None:
     os.closerange(start, _most)
 
 
-def _become_program(config: dict[str, Any], job: socket.socket, notice: list[int]) -> NoReturn:
+def _become_program(config: dict[str, Any], job: socket.socket, told: list[int]) -> NoReturn:
     os.umask(0o022)
     if "random" in sys.modules:
         sys.modules["random"].seed()
@@ -236,9 +184,9 @@ def _become_program(config: dict[str, Any], job: socket.socket, notice: list[int
     _rehearse()
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
-    socket.send_fds(job, [ready], notice)
+    socket.send_fds(job, [ready], told)
     # The listener above all: a program must not be the one who is told.
-    for descriptor in notice:
+    for descriptor in told:
         os.close(descriptor)
     wanted, descriptors = _receive(job)
     job.close()

@@ -54,6 +54,7 @@ class Zygote:
         for left in reversed(range(_TRIES)):
             hatchling = self._pool.take(plan, _PATIENCE)
             try:
+                resource_limits.adjust(hatchling.pid, limits, plan.limits)
                 attempt = Attempt(hatchling, program, limits, client)
             except (ConnectionError, ProcessLookupError):
                 # It died in this very moment.
@@ -91,7 +92,11 @@ class Zygote:
             sandbox=sandbox,
             # A directory that took the place of the old one has to be mounted anew.
             sandbox_id=place,
-            limits=Limits.of(settings, settings.timeout),
+            # None of these may be raised later, for a program with a long text.
+            limits=replace(
+                Limits.of(settings, settings.timeout),
+                file_size=max(settings.file_size, settings.max_body),
+            ),
             text_size=settings.max_body,
             preimport=settings.preimport,
             spare=max(4, 2 * settings.slots),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
+import socket
 import struct
 
 CLONE_NEWNS = 0x00020000
@@ -14,7 +16,8 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-_CLONE_PIDFD = 0x00001000
+_CLONE_VM, _CLONE_FILES, _CLONE_PIDFD, _CLONE_PARENT = 0x100, 0x400, 0x1000, 0x8000
+_CLONE_CHILD_CLEARTID, _CLONE_CHILD_SETTID = 0x00200000, 0x01000000
 SIGKILL = 9
 _SIGCHLD = 17
 
@@ -25,16 +28,23 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
 _AT_RECURSIVE = 0x8000
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME = 1, 4, 15
-_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 22, 24, 38
+_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_GET_TID_ADDRESS = 22, 24, 38, 40
 _SECCOMP_MODE_FILTER = 2
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
 MARK = 0x4E6F7821 << 32
 """In the upper half of an exit's code, which the kernel ignores: the exit is to be told of."""
 _CAPABILITY_VERSION_3 = 0x20080522
+_STACK = 64 << 10
 
 _NUMBERS = {
-    "x86_64": {"clone": 56, "pivot_root": 155, "exit_group": 231, "seccomp": 317},
-    "aarch64": {"clone": 220, "pivot_root": 41, "exit_group": 94, "seccomp": 277},
+    "x86_64": {
+        **{"clone": 56, "pivot_root": 155, "exit_group": 231, "set_robust_list": 273},
+        **{"get_robust_list": 274, "seccomp": 317},
+    },
+    "aarch64": {
+        **{"clone": 220, "pivot_root": 41, "exit_group": 94, "set_robust_list": 99},
+        **{"get_robust_list": 100, "seccomp": 277},
+    },
 }
 # The same on every processor:
 _MOUNT_SETATTR = 442
@@ -70,20 +80,78 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def clone(namespaces: int) -> tuple[int, int]:
-    """Fork into fresh namespaces: (0, -1) in the new process, (pid, pidfd) in the old one.
+class Fork:
+    """os.fork, but into fresh namespaces, and the new process is a sibling: a child of the parent.
 
-    The interpreter is not told, so the new process must keep to simple things and fork, by
-    os.fork, what is to run other code. Only for a process with a single thread.
+    Only for a process with a single thread; made by one that was not made by this, and used by its
+    descendants, too. What the C library keeps of a thread's number and locks is kept right, as by
+    its own fork; the handlers of pthread_atfork are not called.
     """
-    pidfd = ctypes.c_int(-1)
-    flags = ctypes.c_ulong(namespaces | _CLONE_PIDFD | _SIGCHLD)
-    none = ctypes.c_long(0)
-    result = _libc.syscall(
-        ctypes.c_long(_number("clone")), flags, none, ctypes.byref(pidfd), none, none
-    )
-    pid = _check(result, "clone")
-    return pid, pidfd.value if pid else -1
+
+    def __init__(self) -> None:
+        self._clone = ctypes.c_long(_number("clone"))
+        self._set_robust_list = ctypes.c_long(_number("set_robust_list"))
+        self._locks, self._size = ctypes.c_void_p(), ctypes.c_size_t()
+        get = ctypes.c_long(_number("get_robust_list"))
+        found = _libc.syscall(get, 0, ctypes.byref(self._locks), ctypes.byref(self._size))
+        _check(found, "get_robust_list")
+        self._flags = _CLONE_PARENT | _CLONE_PIDFD | _SIGCHLD
+        self._thread = ctypes.c_void_p()
+        if _prctl(_PR_GET_TID_ADDRESS, ctypes.addressof(self._thread), 0, 0, 0) == 0:
+            self._flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+        self._pidfd = ctypes.c_int(-1)
+
+    def __call__(self, namespaces: int) -> tuple[int, int]:
+        """(0, -1) in the new process, (pid, pidfd) in the old one."""
+        flags = ctypes.c_ulong(namespaces | self._flags)
+        none, pidfd = ctypes.c_long(0), ctypes.byref(self._pidfd)
+        # The last two are the other way round on other processors; of the two only one is used.
+        last = (self._thread, none) if platform.machine() == "x86_64" else (none, self._thread)
+        ctypes.pythonapi.PyOS_BeforeFork()
+        pid = _libc.syscall(self._clone, flags, none, pidfd, *last)
+        if pid == 0:
+            ctypes.pythonapi.PyOS_AfterFork_Child()
+            _libc.syscall(self._set_robust_list, self._locks, self._size)
+            return 0, -1
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+        return _check(pid, "clone"), self._pidfd.value
+
+
+class Idle:
+    """Starts processes that do nothing but be there: the init of a sandbox's processes.
+
+    One shares this process's memory and descriptors, and goes from the C library's `clone` right
+    into its `pause`, so it costs next to nothing. It never comes back from there, and so never
+    uses the stack, which they all share: a signal without a handler does nothing to an init. So
+    this process must have handlers for none.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _STACK)
+        self._stack = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + _STACK
+        self._pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
+        self._clone = _libc.clone
+        self._clone.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
+                                ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)  # fmt: skip
+        self._flags = _CLONE_VM | _CLONE_FILES | _CLONE_PIDFD | _SIGCHLD
+        self._pidfd = ctypes.c_int(-1)
+
+    def __call__(self) -> int:
+        """The pidfd of a new one."""
+        pidfd = ctypes.addressof(self._pidfd)
+        pid = self._clone(self._pause, self._stack, self._flags, None, pidfd, None, None)
+        _check(pid, "clone")
+        return self._pidfd.value
+
+
+def unshare_pids() -> None:
+    """Have this process's next child be the first of a fresh pid namespace, and others follow."""
+    unshare(CLONE_NEWPID)
+
+
+def return_pids(own: int) -> None:
+    """Have later children be in the pid namespace `own` again, this process's: a descriptor."""
+    _check(_libc.setns(own, CLONE_NEWPID), "setns")
 
 
 def unshare(namespaces: int) -> None:
@@ -227,6 +295,26 @@ class Notice:
         flag = ctypes.c_ulong(_SECCOMP_FILTER_FLAG_NEW_LISTENER)
         found: int = _libc.syscall(self._seccomp, _SECCOMP_SET_MODE_FILTER, flag, self._filter)
         return found
+
+
+class Loopback:
+    """Brings up the loopback of the own network namespace, which is fresh."""
+
+    def __init__(self) -> None:
+        self._kind = int(socket.AF_NETLINK), int(socket.SOCK_RAW), 0
+        # RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
+        self._up = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
+        self._answer = ctypes.create_string_buffer(1024)
+
+    def __call__(self) -> None:
+        """OSError if it does not come up."""
+        link = _check(_libc.socket(*self._kind), "socket")
+        _check(_libc.send(link, self._up, len(self._up), 0), "send")
+        _check(_libc.recv(link, self._answer, len(self._answer), 0), "recv")
+        os.close(link)
+        (error,) = struct.unpack_from("=i", self._answer, 16)
+        if error:
+            raise OSError(-error, f"the loopback does not come up: {os.strerror(-error)}")
 
 
 _EXIT_GROUP = ctypes.c_long(_number("exit_group"))

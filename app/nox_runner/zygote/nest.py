@@ -3,6 +3,10 @@
 Started by pool.py with the host's python3 and a socket to the runner. It lives in a mount
 namespace of its own that holds what every run may see; each sandbox inherits that, and adds what
 is private to it.
+
+Three processes: the one that pool.py started sees that they end together; the first one of a pid
+namespace, an init, has all in it end with itself, at once; the zygote is the second, and the
+runner's child, as its sandboxes will be.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import errno
 import importlib
 import json
 import os
+import resource
+import select
 import signal
 import socket
 import sys
@@ -24,7 +30,7 @@ READY = b"R"
 
 After it, each byte that comes asks for a sandbox, several for several."""
 CHILD = b"C"
-"""Begins the answer; with it come the job socket, the report pipe and the init's pidfd."""
+"""The answer; with it come the job socket, and pidfds of the init and the program's process."""
 FAILED = b"E"
 """Begins an answer that says why there is none."""
 
@@ -44,11 +50,14 @@ def main(control: socket.socket) -> int:
         if name in config:
             with open(config[name], "rb") as file:
                 config[name] = kind(file.read())
-    # The kernel buries the sandboxes: nobody asks here how they ended.
+    # The kernel buries the inits, and whom a program leaves to one: nobody asks how they ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         skipped = _import(config["preimport"])
+        config["handlers"] = _take_handlers()
         _build(config)
+        config["fork"], config["idle"] = kernel.Fork(), kernel.Idle()
+        config["loopback"] = kernel.Loopback()
     except OSError as error:
         control.send(FAILED + str(error).encode())
         return 1
@@ -58,12 +67,52 @@ def main(control: socket.socket) -> int:
         del sys.modules[name]
     config["landlock"] = child.landlock(config["sandbox"])
     child.prepare(config)
+    for which, value in config["inherited_limits"]:
+        resource.prlimit(0, which, (value, value))
     landlock = kernel.landlock_version() if config["landlock"] else 0
-    control.send(READY + json.dumps({"skipped": skipped, "landlock": landlock}).encode())
+    ready = READY + json.dumps({"skipped": skipped, "landlock": landlock}).encode()
+    try:
+        _settle(config, control)
+    except OSError as error:
+        control.send(FAILED + str(error).encode())
+        return 1
+    control.send(ready)
     while asked := control.recv(256):
         for _ in asked:
             _hatch(config, control)
     return 0
+
+
+def _settle(config: dict[str, Any], control: socket.socket) -> None:
+    """Go on as the second process of a pid namespace that ends with this one."""
+    told, tell = os.pipe()
+    kernel.unshare_pids()
+    if os.fork() == 0:
+        try:
+            # It has nothing to lose, so it has nothing: it holds one pipe, until it says so.
+            kernel.prctl(kernel.PR_SET_PDEATHSIG, kernel.SIGKILL)
+            kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+            child.close_all_but(tell)
+            config["init_seal"]()
+            os.write(tell, READY)
+            os.close(tell)
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    if os.read(told, 1) != READY:
+        raise OSError("the init of the zygote's processes did not start")
+    os.close(told)
+    pid, zygote = config["fork"](0)
+    if pid:
+        child.close_all_but(zygote)
+        poll = select.poll()
+        poll.register(zygote, select.POLLIN)
+        poll.poll()
+        os._exit(0)
+    config["own_pids"] = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
 
 
 def _import(names: list[str]) -> dict[str, str]:
@@ -82,6 +131,21 @@ def _import(names: list[str]) -> dict[str, str]:
     for name in single:
         del os.environ[name]
     return skipped
+
+
+def _take_handlers() -> list[tuple[int, Any]]:
+    """Take away this process's signal handlers, which the programs get: a sandbox's init has them,
+    too, and must have none (kernel.Idle). OSError if there is one that Python doesn't know.
+    """
+    all_of_them = ((int(number), signal.getsignal(number)) for number in signal.valid_signals())
+    found = [(number, handler) for number, handler in all_of_them if callable(handler)]
+    for number, _ in found:
+        signal.signal(number, signal.SIG_DFL)
+    with open("/proc/self/status") as file:
+        caught = next(line for line in file if line.startswith("SigCgt:")).split()[1]
+    if int(caught, 16):
+        raise OSError(f"NOX_PREIMPORT: a module handles signals by itself: {caught}")
+    return found
 
 
 def _build(config: dict[str, Any]) -> None:
@@ -185,24 +249,28 @@ def _hatch(config: dict[str, Any], control: socket.socket) -> None:
     runner_side, job = socket.socketpair()
     # With what the program's process says come its pid and user, told by the kernel.
     runner_side.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    told, report = os.pipe()
-    handle = -1
+    handles = []
     try:
+        kernel.unshare_pids()
+        handles.append(config["idle"]())
         namespaces = child.NAMESPACES
         if config["network"]:
             namespaces &= ~kernel.CLONE_NEWNET
-        pid, handle = kernel.clone(namespaces)
+        pid, handle = config["fork"](namespaces)
         if pid == 0:
-            child.init(config, job, report)
-        sent = array.array("i", [runner_side.fileno(), told, handle])
-        control.sendmsg([CHILD + str(pid).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)])
+            child.live(config, job)
+        handles.append(handle)
+        sent = array.array("i", [runner_side.fileno(), *handles])
+        control.sendmsg([CHILD], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)])
     except OSError as error:
+        if handles:
+            signal.pidfd_send_signal(handles[0], signal.SIGKILL)
         if error.errno == errno.EPIPE:
             raise
         control.send(FAILED + str(error).encode())
     finally:
+        kernel.return_pids(config["own_pids"])
         runner_side.close()
         job.close()
-        for descriptor in (told, report, handle):
-            if descriptor >= 0:
-                os.close(descriptor)
+        for handle in handles:
+            os.close(handle)

@@ -15,9 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-COUNT = 5
-"""Descriptors: the listener, and those that child.NOTICE_FILES names."""
-
 # SECCOMP_IOCTL_NOTIF_RECV, _SEND, _ID_VALID
 _RECEIVE, _SEND, _VALID = 0xC0502100, 0xC0182101, 0x40082102
 _NOTICE = struct.Struct("=QII iIQ6Q")
@@ -28,6 +25,8 @@ _CONTINUE = 1
 _BLOCKABLE = (1 << 64) - 1 & ~sum(1 << number - 1 for number in (9, 19, 32, 33))
 """All signals but SIGKILL, SIGSTOP, and the two that the C library keeps for itself."""
 _CPUCLOCK_SCHED = 2
+_EXITING = 0x4
+"""PF_EXITING, of a process's flags."""
 _SIZE = 8192
 
 
@@ -41,10 +40,12 @@ class Exit:
 
 
 class Notice:
-    """The notices of one sandbox. `close` lets go of whoever waits."""
+    """The notices of one sandbox; none without a `listener`. `close` lets go of whoever waits."""
 
-    def __init__(self, descriptors: list[int]) -> None:
-        self.listener, *self._files = descriptors
+    def __init__(self, files: list[int], listener: int | None) -> None:
+        """`files` as child.FILES names them."""
+        self._files = files
+        self.listener = listener
 
     def take(self, pid: int) -> Exit | None:
         """The exit of the process `pid` if that is what the notice tells of, and it is alone.
@@ -52,6 +53,7 @@ class Notice:
         It stays where it is then. Who else is told of goes on: another process of the program, or
         one that leaves others, which are to be awaited.
         """
+        assert self.listener is not None
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
         if not any(events & select.POLLIN for _, events in poll.poll(0)):
@@ -68,13 +70,29 @@ class Notice:
             fcntl.ioctl(self.listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, _CONTINUE)))
         return None
 
+    def is_alone(self) -> bool | None:
+        """Of a program that has ended: whether nobody is left in its sandbox but the init.
+
+        None if that one is about to end itself: so the sandbox was killed.
+        """
+        try:
+            stat, children = (os.pread(file, _SIZE, 0) for file in self._files[:2])
+        except ProcessLookupError:
+            return None
+        if int(stat.rpartition(b")")[2].split()[6]) & _EXITING:
+            return None
+        return not children
+
     def close(self) -> None:
         """Close all descriptors."""
-        for descriptor in (self.listener, *self._files):
+        if self.listener is not None:
+            os.close(self.listener)
+        for descriptor in self._files:
             os.close(descriptor)
 
     def _waits(self, number: int) -> bool:
         """Whether the process still stands in that call."""
+        assert self.listener is not None
         try:
             fcntl.ioctl(self.listener, _VALID, struct.pack("=Q", number))
         except OSError:
@@ -86,7 +104,8 @@ class Notice:
         try:
             # In this order: a thread that ends leaves its children to the other one, and a child
             # that ends leaves its own to the init.
-            status, children, of_init, stat = (os.pread(file, _SIZE, 0) for file in self._files)
+            files = (self._files[which] for which in (2, 3, 1, 4))
+            status, children, of_init, stat = (os.pread(file, _SIZE, 0) for file in files)
             told = dict(line.split(b":", 1) for line in status.splitlines())
             faults_of_children = int(stat.rpartition(b")")[2].split()[8])
             if (
@@ -94,7 +113,7 @@ class Notice:
                 # A signal would interrupt the call, and have a handler run.
                 or int(told[b"SigBlk"], 16) & _BLOCKABLE != _BLOCKABLE
                 or children
-                or of_init.split() != [b"2"]
+                or of_init
                 or faults_of_children
             ):
                 return None

@@ -32,7 +32,7 @@ from nox_runner.limits import Limits
 from nox_runner.log import log
 from nox_runner.tmpfs import MAX_FILES
 from nox_runner.zygote import child, nest
-from nox_runner.zygote.notice import COUNT, Notice
+from nox_runner.zygote.notice import Notice
 
 _PYTHON = "/usr/bin/python3"
 _START_SECONDS = 20.0
@@ -40,7 +40,8 @@ _HATCH_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
 # A refill competes with the answer on its way to the client, so it lets that one go first.
 _BREATH = 0.004
-_CORES = os.cpu_count() or 1
+_SIDE_BY_SIDE = (os.cpu_count() or 1) + 1
+"""Sandboxes that are made at a time: one for each core, and one that the zygote forks meanwhile."""
 _CREDENTIALS = struct.Struct("=iII")
 _INT = struct.Struct("=i")
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(nox_runner.__file__)))
@@ -71,39 +72,34 @@ class Hatchling:
     """A sandbox whose program's process waits for its job. `close` ends it, whatever it does."""
 
     init: int
-    handle: int
-    report: int
+    """pidfd of the first process, with which all others end."""
+    process: int
+    """pidfd of the program's process, a child of this one. `pid` is its number until its burial."""
     job: socket.socket
-    pid: int
-    spent_us: int
+    pid: int = 0
+    spent_us: int = 0
     notice: Notice | None = None
     group: Group | None = None
 
     def has_ended(self) -> bool:
-        """Whether its init is dead, and so all of it; then `pid` may be another process's."""
+        """Whether one of the two is dead, and so all of it is or can't be used."""
         poll = select.poll()  # no limit on the descriptor's number
-        poll.register(self.handle, select.POLLIN)
+        for handle in (self.init, self.process):
+            poll.register(handle, select.POLLIN)
         return bool(poll.poll(0))
-
-    def is_sealed(self, patience: float) -> bool:
-        """Whether its init tells within `patience` s that it has given up its privileges."""
-        poll = select.poll()
-        poll.register(self.report, select.POLLIN)
-        return bool(poll.poll(patience * 1000)) and os.read(self.report, 1) == child.SEALED
 
     def kill(self) -> None:
         """End all of its processes; returns at once."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            signal.pidfd_send_signal(self.init, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kill what is left and let go of it."""
+        """Kill what is left and let go of it, but for `process`, which is to be buried."""
         self.kill()
         self.job.close()
         if self.notice is not None:
             self.notice.close()
-        os.close(self.report)
-        os.close(self.handle)
+        os.close(self.init)
 
 
 class Pool:
@@ -128,7 +124,10 @@ class Pool:
         """Waited for by those who want one."""
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
+        self._taken: set[int] = set()
+        """Programs that run, by their processes' numbers."""
         self._dying: list[int] = []
+        """Their processes' pidfds, of those that ended or were killed."""
         self._emptying: list[Group] = []
         self._plan: Plan | None = None
         self.landlock = 0
@@ -156,6 +155,7 @@ class Pool:
                 while self._made_for == plan and self._ready:
                     hatchling = self._ready.popleft()
                     if not hatchling.has_ended():
+                        self._taken.add(hatchling.pid)
                         return hatchling
                     # It died while it waited, with the zygote most likely.
                     self._spent.append(hatchling)
@@ -166,9 +166,9 @@ class Pool:
                 self._came.wait(left)
 
     def give_back(self, hatchling: Hatchling) -> None:
-        """What was taken has come to its end, or is to; `refill` closes it, and makes another."""
-        hatchling.kill()
+        """What was taken has come to its end, or is to; `refill` ends it, and makes another."""
         self._spent.append(hatchling)
+        self._taken.discard(hatchling.pid)
 
     def refill(self) -> None:
         """See that what is missing is made. Apart from giving back: no answer waits for it."""
@@ -203,9 +203,7 @@ class Pool:
                 if self._made_for != plan or not self._is_alive():
                     self._stop()
                     self._start(plan)
-                while (missing := plan.spare - len(self._ready)) > 0 and self._plan == plan:
-                    self._hatch(min(missing, _CORES))
-                    self._bury()
+                self._hatch(plan)
             except (OSError, ValueError, struct.error) as error:
                 self._fail(str(error))
 
@@ -213,13 +211,12 @@ class Pool:
         while self._spent:
             hatchling = self._spent.popleft()
             hatchling.close()
-            self._dying.append(hatchling.init)
+            self._dying.append(hatchling.process)
             if hatchling.group is not None:
                 hatchling.group.kill()
                 self._emptying.append(hatchling.group)
         self._emptying = [group for group in self._emptying if not group.remove()]
-        # Their parent is the zygote; of one that died, this process has inherited them.
-        self._dying = [pid for pid in set(self._dying) if _is_dying(pid)]
+        self._dying = [process for process in self._dying if not _bury(process)]
 
     def _has_work(self) -> bool:
         plan = self._plan
@@ -284,7 +281,6 @@ class Pool:
             self._control.close()
             self._control = None
         if self._zygote is not None:
-            # Those that run are its children, and would end with it: it ends after them.
             self._zygote.kill()
             self._zygote.wait()
             for pipe in (self._zygote.stdin, self._zygote.stdout, self._zygote.stderr):
@@ -292,26 +288,37 @@ class Pool:
                     pipe.close()
             self._zygote = None
         self._spent.extend(unwanted)
-        # Also one that the zygote made but had not told of. Nothing else is started here.
-        self._dying += orphans.children()
+        # What is left of the zygote, and one that it made but had not told of. Nothing else is
+        # started here; who took a sandbox buries it.
+        known = self._taken | {hatchling.pid for hatchling in self._spent}
+        for pid in set(orphans.children()) - known:
+            with suppress(ProcessLookupError):
+                self._dying.append(os.pidfd_open(pid))
         self._bury()
 
-    def _hatch(self, count: int) -> None:
-        """Make `count` sandboxes, side by side."""
+    def _hatch(self, plan: Plan) -> None:
+        """Make sandboxes until none is missing, some of them side by side."""
         control, zygote = self._control, self._zygote
         assert control is not None and zygote is not None
         control.settimeout(_HATCH_SECONDS)
-        control.send(b"1" * count)
+        asked = 0
         made: deque[Hatchling] = deque()
         try:
-            for _ in range(count):
+            while True:
+                missing = plan.spare - len(self._ready) if self._plan == plan else 0
+                if (more := min(missing, _SIDE_BY_SIDE) - asked) > 0:
+                    control.send(b"1" * more)
+                    asked += more
+                if not asked:
+                    return
                 made.append(_receive(control, zygote))
-            while made:
                 self._greet(made[0])
                 with self._changed:
                     self._ready.append(made.popleft())
                     self._failure = ""
                     self._came.notify()
+                asked -= 1
+                self._bury()
         finally:
             for hatchling in made:
                 hatchling.kill()
@@ -320,14 +327,10 @@ class Pool:
     def _greet(self, hatchling: Hatchling) -> None:
         hatchling.job.settimeout(_HATCH_SECONDS)
         hatchling.pid, hatchling.spent_us, hatchling.notice = _greeting(hatchling.job)
-        if not hatchling.is_sealed(_HATCH_SECONDS):
-            raise OSError("the init of a sandbox ended before it was ready")
         assert self._made_for is not None
-        resource_limits.apply_ahead(hatchling.pid, self._made_for.limits)
         if self._groups is not None:
             hatchling.group = self._groups.make(self._made_for.limits)
-            for pid in (hatchling.init, hatchling.pid):
-                hatchling.group.add(pid)
+            hatchling.group.add(hatchling.pid)
 
 
 def _receive(control: socket.socket, zygote: subprocess.Popen[bytes]) -> Hatchling:
@@ -336,29 +339,33 @@ def _receive(control: socket.socket, zygote: subprocess.Popen[bytes]) -> Hatchli
         for descriptor in descriptors:
             os.close(descriptor)
         raise OSError(f"the zygote makes no sandbox: {_reason(told[1:], zygote)}")
-    job = socket.socket(fileno=descriptors[0])
-    return Hatchling(int(told[1:]), descriptors[2], descriptors[1], job, 0, 0)
+    job, init, process = descriptors
+    return Hatchling(init, process, socket.socket(fileno=job))
 
 
-def _is_dying(pid: int) -> bool:
-    """Whether the process is a child of this one that has not ended yet."""
+def _bury(process: int) -> bool:
+    """Take note of a child's end, and let go of its pidfd; whether it has ended."""
     try:
-        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+        if os.waitid(os.P_PIDFD, process, os.WEXITED | os.WNOHANG) is None:
+            return False
     except ChildProcessError:
-        return False
+        pass  # who watched the program has done it
+    os.close(process)
+    return True
 
 
-def _greeting(job: socket.socket) -> tuple[int, int, Notice | None]:
-    size = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(COUNT * _INT.size)
+def _greeting(job: socket.socket) -> tuple[int, int, Notice]:
+    most = len(child.FILES) + 1
+    size = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(most * _INT.size)
     text, ancillary, _, _ = job.recvmsg(4096, size, socket.MSG_CMSG_CLOEXEC)
     found = {kind: data for level, kind, data in ancillary if level == socket.SOL_SOCKET}
     descriptors = [number for (number,) in _INT.iter_unpack(found.get(socket.SCM_RIGHTS, b""))]
-    notice = Notice(descriptors) if descriptors else None
+    listener = descriptors.pop() if len(descriptors) == most else None
+    notice = Notice(descriptors, listener)
     try:
         return *_introduction(text, found), notice
     except OSError:
-        if notice is not None:
-            notice.close()
+        notice.close()
         raise
 
 
@@ -397,6 +404,8 @@ def _config(plan: Plan) -> dict[str, object]:
         "uid": os.getuid(),
         "gid": os.getgid(),
         "sandbox": plan.sandbox,
+        "inherited_limits": list(resource_limits.inherited(plan.limits).items()),
+        "own_limits": list(resource_limits.own(plan.limits).items()),
         "tmp_size": plan.limits.tmp_size,
         "tmp_files": MAX_FILES,
         "run_size": RUN_SIZE + plan.text_size,
