@@ -403,6 +403,26 @@ def test_a_zygote_that_is_killed_is_replaced(own: Make) -> None:
     wait_for(partial(are_gone, list(old)), "the end")
 
 
+def test_programs_that_run_outlive_a_change_of_their_limits(own: Make) -> None:
+    """Sandboxes are made anew then; the old zygote ends with the last program of its."""
+    nox = own(NOX_BACKEND="zygote", NOX_SLOTS=4).start()
+    assert nox.runner is not None
+    text = "open('here', 'w').close()\nimport time; time.sleep(3); print('done')"
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(nox.python, text)
+        wait_for(lambda: (nox.sandbox / "here").exists(), "the program")
+        old = descendants(nox.runner.pid)
+        nox.settings["NOX_MEMORY"] = "300M"
+        nox.write_settings()
+        nox.runner.send_signal(signal.SIGHUP)
+        limit = "import resource; print(resource.getrlimit(resource.RLIMIT_DATA)[0] >> 20)"
+        wait_for(lambda: nox.python(limit)["stdout"] == "300\n", "the new limit")
+        assert not run.done()
+        assert (run.result()["status"], run.result()["stdout"]) == ("ok", "done\n")
+    wait_for(partial(are_gone, list(old)), "the end of the old zygote")
+    assert nox.python("print(1)")["stdout"] == "1\n"
+
+
 def are_gone(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 

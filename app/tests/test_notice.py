@@ -120,7 +120,7 @@ def test_the_sandboxs_init_is_out_of_reach(nox: Service) -> None:
     )
     *barred, nice, own = result["stdout"].split()
     assert len(barred) == 9 and set(barred[:4]) == {"PermissionError"}
-    # Of bubblewrap's init nothing is to be seen; that of the fast backend shares the zygote's memory.
+    # Of bubblewrap's nothing is to be seen; that of the fast backend shares the zygote's memory.
     assert "done" not in barred, barred
     assert (nice, own) == ("done", "done")
 

@@ -26,7 +26,8 @@ from typing import Any
 from nox_runner.zygote import child, kernel
 
 READY = b"R"
-"""Told once, with JSON: which modules were skipped, and the version of Landlock in use.
+"""Told once, with JSON: which modules were skipped, the version of Landlock in use, and the numbers
+of the init and the zygote.
 
 After it, each byte that comes asks for a sandbox, several for several."""
 CHILD = b"C"
@@ -70,24 +71,23 @@ def main(control: socket.socket) -> int:
     for which, value in config["inherited_limits"]:
         resource.prlimit(0, which, (value, value))
     landlock = kernel.landlock_version() if config["landlock"] else 0
-    ready = READY + json.dumps({"skipped": skipped, "landlock": landlock}).encode()
     try:
-        _settle(config, control)
+        _settle(config, control, {"skipped": skipped, "landlock": landlock})
     except OSError as error:
         control.send(FAILED + str(error).encode())
         return 1
-    control.send(ready)
     while asked := control.recv(256):
         for _ in asked:
             _hatch(config, control)
     return 0
 
 
-def _settle(config: dict[str, Any], control: socket.socket) -> None:
+def _settle(config: dict[str, Any], control: socket.socket, news: dict[str, Any]) -> None:
     """Go on as the second process of a pid namespace that ends with this one."""
     told, tell = os.pipe()
     kernel.unshare_pids()
-    if os.fork() == 0:
+    init = os.fork()
+    if init == 0:
         try:
             # It has nothing to lose, so it has nothing: it holds one pipe, until it says so.
             kernel.prctl(kernel.PR_SET_PDEATHSIG, kernel.SIGKILL)
@@ -106,6 +106,8 @@ def _settle(config: dict[str, Any], control: socket.socket) -> None:
     os.close(told)
     pid, zygote = config["fork"](0)
     if pid:
+        # By this process: the others don't know their numbers outside.
+        control.send(READY + json.dumps({**news, "processes": [init, pid]}).encode())
         child.close_all_but(zygote)
         poll = select.poll()
         poll.register(zygote, select.POLLIN)

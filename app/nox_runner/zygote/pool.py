@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import nox_runner
 from nox_runner import limits as resource_limits
@@ -68,6 +68,32 @@ class Plan:
 
 
 @dataclass
+class _Zygote:
+    """The process that was started for it, and the socket it is asked by."""
+
+    starter: subprocess.Popen[bytes]
+    control: socket.socket
+    others: dict[int, int] = field(default_factory=dict)
+    """By their numbers, pidfds of its two other processes."""
+    taken: set[int] = field(default_factory=set)
+    """Its programs that run, by their processes' numbers."""
+
+    def is_alive(self) -> bool:
+        """Whether it still makes sandboxes, if it is asked."""
+        return self.starter.poll() is None
+
+    def end(self) -> list[int]:
+        """End it, and all that it made; the pidfds of those that are to be buried then."""
+        self.control.close()
+        self.starter.kill()
+        self.starter.wait()
+        for pipe in (self.starter.stdin, self.starter.stdout, self.starter.stderr):
+            if pipe is not None:
+                pipe.close()
+        return list(self.others.values())
+
+
+@dataclass
 class Hatchling:
     """A sandbox whose program's process waits for its job. `close` ends it, whatever it does."""
 
@@ -76,6 +102,7 @@ class Hatchling:
     process: int
     """pidfd of the program's process, a child of this one. `pid` is its number until its burial."""
     job: socket.socket
+    zygote: _Zygote
     pid: int = 0
     spent_us: int = 0
     notice: Notice | None = None
@@ -124,16 +151,15 @@ class Pool:
         """Waited for by those who want one."""
         self._ready: deque[Hatchling] = deque()
         self._spent: deque[Hatchling] = deque()
-        self._taken: set[int] = set()
-        """Programs that run, by their processes' numbers."""
         self._dying: list[int] = []
-        """Their processes' pidfds, of those that ended or were killed."""
+        """pidfds of programs' processes that ended or were killed."""
         self._emptying: list[Group] = []
         self._plan: Plan | None = None
         self.landlock = 0
         """Version of Landlock that the sandboxes have, 0 if none."""
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._zygote: _Zygote | None = None
+        self._left: list[_Zygote] = []
+        """Zygotes that make no more sandboxes, but whose programs still run."""
         self._made_for: Plan | None = None
         self._failure = ""
         self._failures = 0
@@ -155,7 +181,7 @@ class Pool:
                 while self._made_for == plan and self._ready:
                     hatchling = self._ready.popleft()
                     if not hatchling.has_ended():
-                        self._taken.add(hatchling.pid)
+                        hatchling.zygote.taken.add(hatchling.pid)
                         return hatchling
                     # It died while it waited, with the zygote most likely.
                     self._spent.append(hatchling)
@@ -168,7 +194,7 @@ class Pool:
     def give_back(self, hatchling: Hatchling) -> None:
         """What was taken has come to its end, or is to; `refill` ends it, and makes another."""
         self._spent.append(hatchling)
-        self._taken.discard(hatchling.pid)
+        hatchling.zygote.taken.discard(hatchling.pid)
 
     def refill(self) -> None:
         """See that what is missing is made. Apart from giving back: no answer waits for it."""
@@ -182,7 +208,9 @@ class Pool:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._stop()
+        self._leave(at_once=True)
+        for zygote in self._left:
+            self._dying += zygote.end()
         self._bury()
 
     def _keep(self) -> None:
@@ -201,7 +229,7 @@ class Pool:
                 continue
             try:
                 if self._made_for != plan or not self._is_alive():
-                    self._stop()
+                    self._leave(at_once=not self._is_alive())
                     self._start(plan)
                 self._hatch(plan)
             except (OSError, ValueError, struct.error) as error:
@@ -216,6 +244,9 @@ class Pool:
                 hatchling.group.kill()
                 self._emptying.append(hatchling.group)
         self._emptying = [group for group in self._emptying if not group.remove()]
+        for zygote in [one for one in self._left if not (one.taken and one.is_alive())]:
+            self._left.remove(zygote)
+            self._dying += zygote.end()
         self._dying = [process for process in self._dying if not _bury(process)]
 
     def _has_work(self) -> bool:
@@ -227,11 +258,11 @@ class Pool:
         )
 
     def _is_alive(self) -> bool:
-        return self._zygote is not None and self._zygote.poll() is None
+        return self._zygote is not None and self._zygote.is_alive()
 
     def _fail(self, reason: str) -> None:
         log("error", "zygote_failed", reason=reason)
-        self._stop()
+        self._leave(at_once=True)
         with self._changed:
             self._failure = reason
             self._failures += 1
@@ -242,9 +273,8 @@ class Pool:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         filters = {name: memory_file("seccomp", text) for name, text in self._filters.items()}
         try:
-            self._control = control
             control.settimeout(_START_SECONDS)
-            self._zygote = subprocess.Popen(
+            starter = subprocess.Popen(
                 [_PYTHON, "-I", "-c", _START, str(theirs.fileno())],
                 # Pipes, as the runs will have, so that the streams are set up for pipes.
                 stdin=subprocess.PIPE,
@@ -256,62 +286,69 @@ class Pool:
                 pass_fds=[theirs.fileno(), *filters.values()],
                 start_new_session=True,
             )
+            zygote = self._zygote = _Zygote(starter, control)
             control.send(json.dumps({**_config(plan), **filters}).encode())
+        except BaseException:
+            if self._zygote is None:
+                control.close()
+            raise
         finally:
             theirs.close()
             for descriptor in filters.values():
                 os.close(descriptor)
         told = control.recv(1 << 16)
         if told[:1] != nest.READY:
-            raise OSError(f"the zygote does not start: {_reason(told[1:], self._zygote)}")
+            raise OSError(f"the zygote does not start: {_reason(told[1:], starter)}")
         found = json.loads(told[1:])
+        zygote.others = {pid: os.pidfd_open(pid) for pid in found["processes"]}
         self.landlock = found["landlock"]
         for name, reason in found["skipped"].items():
             log("warning", "preimport_skipped", module=name, reason=reason)
         with self._changed:
             self._made_for = plan
-        log("info", "zygote_started", pid=self._zygote.pid)
+        log("info", "zygote_started", pid=starter.pid)
 
-    def _stop(self) -> None:
+    def _leave(self, *, at_once: bool) -> None:
+        """Have the zygote make no more; it ends with the last program of its, or `at_once`."""
         with self._changed:
             self._made_for = None
-            unwanted = list(self._ready)
+            self._spent.extend(self._ready)
             self._ready.clear()
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._zygote is not None:
-            self._zygote.kill()
-            self._zygote.wait()
-            for pipe in (self._zygote.stdin, self._zygote.stdout, self._zygote.stderr):
-                if pipe is not None:
-                    pipe.close()
-            self._zygote = None
-        self._spent.extend(unwanted)
-        # What is left of the zygote, and one that it made but had not told of. Nothing else is
-        # started here; who took a sandbox buries it.
-        known = self._taken | {hatchling.pid for hatchling in self._spent}
-        for pid in set(orphans.children()) - known:
-            with suppress(ProcessLookupError):
-                self._dying.append(os.pidfd_open(pid))
+        zygote, self._zygote = self._zygote, None
+        if zygote is None:
+            return
+        self._left.append(zygote)
+        if at_once:
+            zygote.taken, taken = set(), zygote.taken
+            # Who took a sandbox buries it, and what was told of is in a list.
+            known = {hatchling.pid for hatchling in self._spent} | taken
+            for one in self._left:
+                known |= {one.starter.pid, *one.others, *one.taken}
         self._bury()
+        if at_once:
+            # What it made but had not told of. Nothing else is started here.
+            for pid in set(orphans.children()) - known:
+                with suppress(ProcessLookupError):
+                    self._dying.append(os.pidfd_open(pid))
 
     def _hatch(self, plan: Plan) -> None:
         """Make sandboxes until none is missing, some of them side by side."""
-        control, zygote = self._control, self._zygote
-        assert control is not None and zygote is not None
+        zygote = self._zygote
+        assert zygote is not None
+        control = zygote.control
         control.settimeout(_HATCH_SECONDS)
         asked = 0
         made: deque[Hatchling] = deque()
         try:
             while True:
-                missing = plan.spare - len(self._ready) if self._plan == plan else 0
+                wanted = self._plan == plan and not self._closed
+                missing = plan.spare - len(self._ready) if wanted else 0
                 if (more := min(missing, _SIDE_BY_SIDE) - asked) > 0:
                     control.send(b"1" * more)
                     asked += more
                 if not asked:
                     return
-                made.append(_receive(control, zygote))
+                made.append(_receive(zygote))
                 self._greet(made[0])
                 with self._changed:
                     self._ready.append(made.popleft())
@@ -333,14 +370,14 @@ class Pool:
             hatchling.group.add(hatchling.pid)
 
 
-def _receive(control: socket.socket, zygote: subprocess.Popen[bytes]) -> Hatchling:
-    told, descriptors, _, _ = socket.recv_fds(control, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+def _receive(zygote: _Zygote) -> Hatchling:
+    told, descriptors, _, _ = socket.recv_fds(zygote.control, 4096, 3, socket.MSG_CMSG_CLOEXEC)
     if told[:1] != nest.CHILD or len(descriptors) != 3:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise OSError(f"the zygote makes no sandbox: {_reason(told[1:], zygote)}")
+        raise OSError(f"the zygote makes no sandbox: {_reason(told[1:], zygote.starter)}")
     job, init, process = descriptors
-    return Hatchling(init, process, socket.socket(fileno=job))
+    return Hatchling(init, process, socket.socket(fileno=job), zygote)
 
 
 def _bury(process: int) -> bool:
