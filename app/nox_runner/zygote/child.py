@@ -96,7 +96,7 @@ def prepare(config: dict[str, Any]) -> None:
     gc.disable()
 
 
-def live(config: dict[str, Any], job: socket.socket) -> NoReturn:
+def live(config: dict[str, Any], job: socket.socket, rehearse: bool) -> NoReturn:
     """Build the rest of the sandbox, become the program when it comes, and end."""
     try:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
@@ -105,7 +105,9 @@ def live(config: dict[str, Any], job: socket.socket) -> NoReturn:
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         for number, handler in config["handlers"]:
             _signal.signal(number, handler)
-        _become_program(config, job, _build(config, job))
+        told = _build(config, job)
+        _prepare(rehearse)
+        _become_program(job, told)
     except BaseException as error:
         job.send(FAILED + str(error).encode()[:4000])
     finally:
@@ -174,14 +176,18 @@ def close_all_but(*kept: int) -> None:
     os.closerange(start, _most)
 
 
-def _become_program(config: dict[str, Any], job: socket.socket, told: list[int]) -> NoReturn:
+def _prepare(rehearse: bool) -> None:
     os.umask(0o022)
     if "random" in sys.modules:
         sys.modules["random"].seed()
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.path.append(os.getcwd())
-    _rehearse()
+    if rehearse:
+        _rehearse()
+
+
+def _become_program(job: socket.socket, told: list[int]) -> NoReturn:
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
     socket.send_fds(job, [ready], told)

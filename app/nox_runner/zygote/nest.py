@@ -30,6 +30,8 @@ READY = b"R"
 of the init and the zygote.
 
 After it, each byte that comes asks for a sandbox, several for several."""
+REHEARSED, PLAIN = b"1", b"0"
+"""Those bytes: whether the sandbox goes the way of a job once before it is ready."""
 CHILD = b"C"
 """The answer; with it come the job socket, and pidfds of the init and the program's process."""
 FAILED = b"E"
@@ -77,8 +79,8 @@ def main(control: socket.socket) -> int:
         control.send(FAILED + str(error).encode())
         return 1
     while asked := control.recv(256):
-        for _ in asked:
-            _hatch(config, control)
+        for kind in asked:
+            _hatch(config, control, rehearse=kind == REHEARSED[0])
     return 0
 
 
@@ -247,7 +249,7 @@ def _read_only(path: str) -> None:
     kernel.restrict(_NEW + path, attributes, recursive=True)
 
 
-def _hatch(config: dict[str, Any], control: socket.socket) -> None:
+def _hatch(config: dict[str, Any], control: socket.socket, *, rehearse: bool) -> None:
     runner_side, job = socket.socketpair()
     # With what the program's process says come its pid and user, told by the kernel.
     runner_side.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -260,7 +262,7 @@ def _hatch(config: dict[str, Any], control: socket.socket) -> None:
             namespaces &= ~kernel.CLONE_NEWNET
         pid, handle = config["fork"](namespaces)
         if pid == 0:
-            child.live(config, job)
+            child.live(config, job, rehearse)
         handles.append(handle)
         sent = array.array("i", [runner_side.fileno(), *handles])
         control.sendmsg([CHILD], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)])

@@ -344,7 +344,9 @@ class Pool:
                 wanted = self._plan == plan and not self._closed
                 missing = plan.spare - len(self._ready) if wanted else 0
                 if (more := min(missing, _SIDE_BY_SIDE) - asked) > 0:
-                    control.send(b"1" * more)
+                    # Nobody gains by a rehearsal who waits for it.
+                    kind = nest.REHEARSED if self._ready else nest.PLAIN
+                    control.send(kind * more)
                     asked += more
                 if not asked:
                     return
