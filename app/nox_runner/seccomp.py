@@ -74,7 +74,7 @@ _UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 _ALLOW = 0x7FFF0000
 _NOTIFY = 0x7FC00000
 _OPTIMIZE = 8
-_EQUAL, _MASKED_EQUAL = 4, 7
+_LESS, _EQUAL, _GREATER, _MASKED_EQUAL = 2, 4, 6, 7
 _UPPER = 0xFFFFFFFF00000000
 
 
@@ -114,24 +114,32 @@ def program() -> bytes:
     return _compile(_NAMES, _CONDITIONAL)
 
 
+def telling_program() -> bytes:
+    """The same, but it tells its listener of an exit marked with kernel.MARK.
+
+    The kernel takes an exit code's lower half alone, so the mark changes nothing; and the exits of
+    other programs, which don't carry it, cost nothing.
+    """
+    end = kernel.MARK | ~_UPPER & (1 << 64) - 1
+    unmarked = ((_Compare(0, _LESS, kernel.MARK),), (_Compare(0, _GREATER, end),))
+    marked = (_Compare(0, _MASKED_EQUAL, _UPPER, kernel.MARK),)
+    names = " ".join(name for name in _NAMES.split() if name != "exit_group")
+    return _compile(names, {**_CONDITIONAL, "exit_group": unmarked}, {"exit_group": marked})
+
+
 def init_program() -> bytes:
     """The same for the init of the zygote's processes, which needs next to nothing."""
     return _compile(_INIT_NAMES, {})
 
 
-def notice_program() -> bytes:
-    """A filter that allows all, but tells its listener of an exit marked with kernel.MARK.
-
-    The kernel takes an exit code's lower half alone, so the mark changes nothing; and the exits of
-    other programs, which don't carry it, cost nothing.
+def _compile(
+    names: str,
+    conditional: dict[str, tuple[tuple[_Compare, ...], ...]],
+    told: dict[str, tuple[_Compare, ...]] | None = None,
+) -> bytes:
+    """Allow `names`, and `conditional` where one of the comparisons holds; a listener answers
+    `told`.
     """
-    with _context(_ALLOW) as (library, context):
-        number = library.seccomp_syscall_resolve_name(b"exit_group")
-        _add(library, context, _NOTIFY, number, (_Compare(0, _MASKED_EQUAL, _UPPER, kernel.MARK),))
-        return _export(library, context)
-
-
-def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]]) -> bytes:
     with _context(_error(errno.EPERM)) as (library, context):
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
         for name in names.split():
@@ -141,6 +149,9 @@ def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]
             number = library.seccomp_syscall_resolve_name(name.encode())
             for comparisons in alternatives:
                 _add(library, context, _ALLOW, number, comparisons)
+        for name, comparisons in (told or {}).items():
+            number = library.seccomp_syscall_resolve_name(name.encode())
+            _add(library, context, _NOTIFY, number, comparisons)
         for number in _ABSENT:
             _add(library, context, _error(errno.ENOSYS), number, ())
         return _export(library, context)

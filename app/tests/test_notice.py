@@ -48,6 +48,13 @@ def test_a_marked_exit_is_the_programs_own(nox: Service) -> None:
     assert (result["status"], result["exit_code"], result["stdout"]) == ("error", 7, "")
 
 
+def test_an_exit_with_anything_else_in_its_upper_half(nox: Service) -> None:
+    for upper in (0, 1, (kernel.MARK >> 32) - 1, (kernel.MARK >> 32) + 1, 0xFFFFFFFF):
+        text = f"{_MARKED}ctypes.CDLL(None).syscall({kernel._EXIT_GROUP.value}, "
+        result = nox.python(f"{text}ctypes.c_ulong({upper} << 32 | 6))\nprint('not reached')")
+        assert (result["exit_code"], result["stdout"]) == (6, ""), upper
+
+
 def test_another_process_does_not_speak_for_the_program(nox: Service) -> None:
     result = nox.python(
         f"{_MARKED}pid = os.fork()\nif not pid: leave(0)\n"

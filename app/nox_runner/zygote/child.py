@@ -125,12 +125,11 @@ def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
     kernel.map_ids(config["uid"], config["gid"])
     _limits(config)
     told = [os.open(f"/proc/{name}", os.O_RDONLY) for name in FILES]
-    listener = config["notice"]() if "notice" in config else -1
-    if listener >= 0:
-        told.append(listener)
     if config["landlock"]:
         kernel.landlock(*config["landlock"])
-    config["seal"]()
+    listener = config["seal"]()
+    if listener >= 0:
+        told.append(listener)
     return told
 
 

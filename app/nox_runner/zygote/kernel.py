@@ -258,43 +258,44 @@ class Seal:
     """Gives up every privilege of the process that calls it, for good: capabilities, new ones by
     set-user-ID files, and the system calls that `program`, a seccomp filter, does not allow.
 
+    With `telling`, the same filter but for calls that a listener is to be told of, that one is used
+    where it can be.
+
     All objects that takes are made here, once, by the zygote: what a fork has to make itself costs
     it copies of memory pages.
     """
 
-    def __init__(self, program: bytes) -> None:
+    def __init__(self, program: bytes, telling: bytes = b"") -> None:
         with open("/proc/sys/kernel/cap_last_cap") as file:
             self._capabilities = range(int(file.read()) + 1)
         self._header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
         self._none = bytes(24)
         self._program = _Program(len(program) // 8, program)
         self._filter = ctypes.addressof(self._program)
+        self._telling = _Program(len(telling) // 8, telling) if telling else None
+        self._telling_filter = ctypes.byref(self._telling) if self._telling else None
+        self._seccomp = ctypes.c_long(_number("seccomp"))
+        self._flag = ctypes.c_ulong(_SECCOMP_FILTER_FLAG_NEW_LISTENER)
 
-    def __call__(self) -> None:
-        """OSError if something is refused."""
+    def __call__(self) -> int:
+        """The listener's descriptor, -1 if there is none. OSError if something is refused."""
         failed = 0
         for capability in self._capabilities:
             failed |= _prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
         # Without permitted capabilities the kernel empties the ambient set by itself.
         failed |= _capset(self._header, self._none)
         failed |= _prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        failed |= _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0)
         _check(failed, "giving up privileges")
-
-
-class Notice:
-    """Has a listener told of this process's marked exits, and of its later children's."""
-
-    def __init__(self, program: bytes) -> None:
-        self._program = _Program(len(program) // 8, program)
-        self._filter = ctypes.byref(self._program)
-        self._seccomp = ctypes.c_long(_number("seccomp"))
-
-    def __call__(self) -> int:
-        """The listener's descriptor; -1 where that can't be: another one listens already."""
-        flag = ctypes.c_ulong(_SECCOMP_FILTER_FLAG_NEW_LISTENER)
-        found: int = _libc.syscall(self._seccomp, _SECCOMP_SET_MODE_FILTER, flag, self._filter)
-        return found
+        if self._telling_filter is not None:
+            found: int = _libc.syscall(
+                self._seccomp, _SECCOMP_SET_MODE_FILTER, self._flag, self._telling_filter
+            )
+            if found >= 0:
+                return found
+        # Another one listens already, or the kernel or the service's own filter has no such thing.
+        sealed = _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0)
+        _check(sealed, "giving up system calls")
+        return -1
 
 
 class Loopback:

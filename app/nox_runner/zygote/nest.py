@@ -45,14 +45,13 @@ _NEW = "/new"
 def main(control: socket.socket) -> int:
     """Serve until the runner closes `control`."""
     config = json.loads(control.recv(1 << 16))
-    for name, kind in (
-        ("seal", kernel.Seal),
-        ("init_seal", kernel.Seal),
-        ("notice", kernel.Notice),
-    ):
+    programs = {}
+    for name in ("seal", "telling_seal", "init_seal"):
         if name in config:
             with open(config[name], "rb") as file:
-                config[name] = kind(file.read())
+                programs[name] = file.read()
+    config["seal"] = kernel.Seal(programs["seal"], programs.get("telling_seal", b""))
+    config["init_seal"] = kernel.Seal(programs["init_seal"])
     # The kernel buries the inits, and whom a program leaves to one: nobody asks how they ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

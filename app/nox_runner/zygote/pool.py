@@ -138,9 +138,9 @@ class Pool:
             "init_seal": seccomp.init_program(),
         }
         try:
-            self._filters["notice"] = seccomp.notice_program()
+            self._filters["telling_seal"] = seccomp.telling_program()
         except OSError as error:
-            # Then the init alone tells how a program ended, a bit later.
+            # Then it is seen how a program ended when it has, a bit later.
             log("warning", "no_exit_notice", reason=str(error))
         self._groups = groups
         self._lock = threading.Lock()
