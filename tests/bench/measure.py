@@ -240,7 +240,13 @@ def memory(service: Callable[..., Any]) -> dict[str, Any]:
                 run()
             time.sleep(1)
             front, runner = resident(nox.front.pid), resident(nox.runner.pid)
-            helpers = sum(proportional(pid) for pid in descendants(nox.runner.pid))
+            # A sandbox's init shares the zygote's memory, which counts once.
+            own = [
+                pid
+                for pid in descendants(nox.runner.pid)
+                if depth(pid) < depth(nox.runner.pid) + 2 or not is_first(pid)
+            ]
+            helpers = sum(proportional(pid) for pid in own)
             found[backend] = {"front": front, "runner": runner, "both": round(front + runner, 1), "ready": helpers}
     return found
 
