@@ -220,6 +220,8 @@ class Attempt:
                 status = "ok" if exit_code == 0 else "error"
         group = self._hatchling.group
         if group is not None:
+            # Also of those that nobody waited for.
+            cpu_ms = max(cpu_ms, group.cpu_ms())
             rss = max(rss, group.peak())
         if self._verdict is not None:
             status, exit_code, died_of = self._verdict, None, None
