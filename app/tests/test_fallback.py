@@ -23,6 +23,12 @@ pool._START = pool._START.replace(
     "sys.exit", "nest.child.NAMESPACES &= ~nest.kernel.CLONE_NEWIPC; sys.exit"
 )
 """
+NO_SETNS = """
+from nox_runner.zygote import pool
+pool._START = pool._START.replace(
+    "sys.exit", "nest.kernel._libc.setns = lambda *_: -1; sys.exit"
+)
+"""
 OPEN_FILTER = "from nox_runner import seccomp; seccomp._NAMES += ' unshare'"
 
 
@@ -48,7 +54,12 @@ def with_fault(nox: Service, fault: str) -> Service:
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(NO_ZYGOTE, "does not start"), (SHARED_IPC, "shared with the host: ipc")]
+    ("fault", "reason"),
+    [
+        (NO_ZYGOTE, "does not start"),
+        (NO_SETNS, "setns"),
+        (SHARED_IPC, "shared with the host: ipc"),
+    ],
 )
 def test_auto_falls_back_and_says_why(own: Make, fault: str, reason: str) -> None:
     nox = with_fault(own(NOX_BACKEND="auto"), fault)

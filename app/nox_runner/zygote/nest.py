@@ -73,18 +73,23 @@ def main(control: socket.socket) -> int:
         resource.prlimit(0, which, (value, value))
     landlock = kernel.landlock_version() if config["landlock"] else 0
     try:
-        _settle(config, control, {"skipped": skipped, "landlock": landlock})
+        processes = _settle(config)
     except OSError as error:
         control.send(FAILED + str(error).encode())
         return 1
+    ready = {"skipped": skipped, "landlock": landlock, "processes": processes}
+    control.send(READY + json.dumps(ready).encode())
     while asked := control.recv(256):
         for kind in asked:
             _hatch(config, control, rehearse=kind == REHEARSED[0])
     return 0
 
 
-def _settle(config: dict[str, Any], control: socket.socket, news: dict[str, Any]) -> None:
-    """Go on as the second process of a pid namespace that ends with this one."""
+def _settle(config: dict[str, Any]) -> list[int]:
+    """Go on as the second process of a pid namespace that ends with this one.
+
+    Gives the numbers outside of that namespace's init and of this process.
+    """
     told, tell = os.pipe()
     kernel.unshare_pids()
     init = os.fork()
@@ -107,8 +112,6 @@ def _settle(config: dict[str, Any], control: socket.socket, news: dict[str, Any]
     os.close(told)
     pid, zygote = config["fork"](0)
     if pid:
-        # By this process: the others don't know their numbers outside.
-        control.send(READY + json.dumps({**news, "processes": [init, pid]}).encode())
         child.close_all_but(zygote)
         poll = select.poll()
         poll.register(zygote, select.POLLIN)
@@ -116,6 +119,10 @@ def _settle(config: dict[str, Any], control: socket.socket, news: dict[str, Any]
         os._exit(0)
     config["own_pids"] = os.open("/proc/self/ns/pid", os.O_RDONLY)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    # Now, to be told here if it is refused.
+    kernel.return_pids(config["own_pids"])
+    # This /proc is the one outside.
+    return [init, int(os.readlink("/proc/self"))]
 
 
 def _import(names: list[str]) -> dict[str, str]:
