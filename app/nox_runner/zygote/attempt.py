@@ -132,6 +132,9 @@ class Attempt:
             self._forget(self._listener)
         alone = self._notice.is_alone()
         _, status, used = os.wait4(self._hatchling.pid, 0)
+        if alone is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            # Between the two that it looks for there is a moment of neither.
+            alone = self._notice.is_alone()
         if alone is not None:
             micros = round((used.ru_utime + used.ru_stime) * 1e6)
             self._report = (status, micros, used.ru_maxrss)

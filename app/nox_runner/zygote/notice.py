@@ -27,6 +27,7 @@ _BLOCKABLE = (1 << 64) - 1 & ~sum(1 << number - 1 for number in (9, 19, 32, 33))
 _CPUCLOCK_SCHED = 2
 _EXITING = 0x4
 """PF_EXITING, of a process's flags."""
+_KILL_PENDING = 1 << 9 - 1
 _SIZE = 8192
 
 
@@ -73,13 +74,14 @@ class Notice:
     def is_alone(self) -> bool | None:
         """Of a program that has ended: whether nobody is left in its sandbox but the init.
 
-        None if that one is about to end itself: so the sandbox was killed.
+        None if that one is about to end itself: so the sandbox was killed, and it the first.
         """
         try:
             stat, children = (os.pread(file, _SIZE, 0) for file in self._files[:2])
         except ProcessLookupError:
             return None
-        if int(stat.rpartition(b")")[2].split()[6]) & _EXITING:
+        fields = stat.rpartition(b")")[2].split()
+        if int(fields[6]) & _EXITING or int(fields[28]) & _KILL_PENDING:
             return None
         return not children
 
