@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.bench import plot
 from tests.hostile import lab as hostile_lab
-from tests.run import app_libraries, app_python, reachable, test_home
+from tests.run import CannotRunHere, app_libraries, app_python, reachable, require_package, test_home
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON = ROOT / "bench.json"
@@ -37,6 +37,11 @@ _PYTHON = "3.11"
 def main() -> int:
     options, rest = arguments()
     parts = options.part or PARTS
+    try:
+        require_package("bwrap", "bubblewrap")
+    except CannotRunHere as reason:
+        print(reason, file=sys.stderr)
+        return 1
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=test_home())))
         place.chmod(0o755)
