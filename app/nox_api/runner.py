@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -117,12 +118,14 @@ class RunnerClient:
             pieces += protocol.stream(content)
         loop = asyncio.get_running_loop()
         try:
-            transport, answer = await loop.create_unix_connection(_RunAnswer, self._path)
+            connection, rest = _begin(self._path, b"".join(pieces))
+            transport, answer = await loop.create_unix_connection(_RunAnswer, sock=connection)
         except OSError as error:
             raise RunnerUnavailableError(f"the runner does not answer: {error}") from error
         timer = loop.call_later(request.timeout + _RUN_MARGIN, transport.abort)
         try:
-            transport.write(b"".join(pieces))
+            if rest:
+                transport.write(rest)
             return await answer.complete
         except (OSError, EOFError, ProtocolError) as error:
             raise RunnerUnavailableError(f"the runner broke off: {error}") from error
@@ -181,3 +184,18 @@ class RunnerClient:
             if timer is not None:
                 timer.cancel()
             writer.transport.abort()
+
+
+def _begin(path: str, data: bytes) -> tuple[socket.socket, bytes]:
+    """A new connection on which has been sent of `data` what it takes at once, and the rest.
+
+    So the runner, which wakes up to accept it, need not wait for anything more.
+    """
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.setblocking(False)
+        connection.connect(path)
+        return connection, data[connection.send(data) :]
+    except OSError:
+        connection.close()
+        raise

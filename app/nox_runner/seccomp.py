@@ -48,6 +48,9 @@ _NAMES = """
     utimes vfork vmsplice wait4 waitid write writev
 """
 
+# What it takes beside them to make a sandbox, so the zygote may do it: `clone` with any flags.
+_MAKING = "mount setns unshare clone"
+
 # What the init of the zygote's processes does: say that it is there, and nothing from then on; and
 # what an interpreter does beside that.
 _INIT_NAMES = """
@@ -74,7 +77,7 @@ _UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 _ALLOW = 0x7FFF0000
 _NOTIFY = 0x7FC00000
 _OPTIMIZE = 8
-_LESS, _EQUAL, _GREATER, _MASKED_EQUAL = 2, 4, 6, 7
+_EQUAL, _MASKED_EQUAL = 4, 7
 _UPPER = 0xFFFFFFFF00000000
 
 
@@ -114,32 +117,49 @@ def program() -> bytes:
     return _compile(_NAMES, _CONDITIONAL)
 
 
-def telling_program() -> bytes:
-    """The same, but it tells its listener of an exit marked with kernel.MARK.
+def zygote_program() -> bytes:
+    """The filter for the zygote, which a run's process inherits: what `program` allows, and the
+    calls that make a sandbox.
 
-    The kernel takes an exit code's lower half alone, so the mark changes nothing; and the exits of
-    other programs, which don't carry it, cost nothing.
+    The kernel checks and compiles the long list once so, and not for each run.
     """
-    end = kernel.MARK | ~_UPPER & (1 << 64) - 1
-    unmarked = ((_Compare(0, _LESS, kernel.MARK),), (_Compare(0, _GREATER, end),))
-    marked = (_Compare(0, _MASKED_EQUAL, _UPPER, kernel.MARK),)
-    names = " ".join(name for name in _NAMES.split() if name != "exit_group")
-    return _compile(names, {**_CONDITIONAL, "exit_group": unmarked}, {"exit_group": marked})
+    making = _MAKING.split()
+    rest = {name: rules for name, rules in _CONDITIONAL.items() if name not in making}
+    return _compile(f"{_NAMES} {_MAKING}", rest)
+
+
+def rest_program(*, telling: bool) -> bytes:
+    """What a run gets on top of the zygote's: no more of the calls that make a sandbox.
+
+    Of two filters the stricter one counts, so both together are `program`. With `telling` a
+    listener is told of an exit that is marked with kernel.MARK. The kernel takes an exit code's
+    lower half alone, so the mark changes nothing; and the exits of other programs, which don't
+    carry it, cost nothing.
+    """
+    with _context(_ALLOW) as (library, context):
+        for name in _MAKING.split():
+            number = library.seccomp_syscall_resolve_name(name.encode())
+            if name == "clone":
+                for bit in range(_NAMESPACES.bit_length()):
+                    if flag := _NAMESPACES & 1 << bit:
+                        found = (_Compare(0, _MASKED_EQUAL, flag, flag),)
+                        _add(library, context, _error(errno.EPERM), number, found)
+            elif name not in _NAMES.split():
+                _add(library, context, _error(errno.EPERM), number, ())
+        if telling:
+            number = library.seccomp_syscall_resolve_name(b"exit_group")
+            marked = (_Compare(0, _MASKED_EQUAL, _UPPER, kernel.MARK),)
+            _add(library, context, _NOTIFY, number, marked)
+        return _export(library, context)
 
 
 def init_program() -> bytes:
-    """The same for the init of the zygote's processes, which needs next to nothing."""
+    """The filter for the init of the zygote's processes, which needs next to nothing."""
     return _compile(_INIT_NAMES, {})
 
 
-def _compile(
-    names: str,
-    conditional: dict[str, tuple[tuple[_Compare, ...], ...]],
-    told: dict[str, tuple[_Compare, ...]] | None = None,
-) -> bytes:
-    """Allow `names`, and `conditional` where one of the comparisons holds; a listener answers
-    `told`.
-    """
+def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]]) -> bytes:
+    """Allow `names`, and `conditional` where one of the comparisons holds."""
     with _context(_error(errno.EPERM)) as (library, context):
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "optimize", tolerant=True)
         for name in names.split():
@@ -149,9 +169,6 @@ def _compile(
             number = library.seccomp_syscall_resolve_name(name.encode())
             for comparisons in alternatives:
                 _add(library, context, _ALLOW, number, comparisons)
-        for name, comparisons in (told or {}).items():
-            number = library.seccomp_syscall_resolve_name(name.encode())
-            _add(library, context, _NOTIFY, number, comparisons)
         for number in _ABSENT:
             _add(library, context, _error(errno.ENOSYS), number, ())
         return _export(library, context)

@@ -77,8 +77,11 @@ def wait_for(condition: Any, what: str, seconds: float = _PATIENCE) -> Any:
 class Service:
     """A front and a runner of their own, with a sandbox, settings and logs of their own."""
 
+    home = "/tmp"
+    """Where all that is made. Below /tmp the sandbox is covered by a run's own, and bound again."""
+
     def __init__(self, **settings: object) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="nox-test-", dir="/tmp"))
+        self.root = Path(tempfile.mkdtemp(prefix="nox-test-", dir=self.home))
         self.root.chmod(0o755)
         self.sandbox = self.root / "home" / "sandbox"
         self.logs = self.root / "logs"

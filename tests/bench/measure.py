@@ -414,6 +414,9 @@ def own_service(app: Path) -> Callable[..., Any]:
     sys.path[:0] = [str(app / "tests"), str(app)]
     from service import Service  # type: ignore[import-not-found]
 
+    # Not below /tmp, where no installed host has it.
+    Service.home = "/var/tmp"
+
     @contextmanager
     def service(**settings: object) -> Iterator[tuple[Target, Any]]:
         nox = Service(**{"NOX_SLOTS": 0, "NOX_TIMEOUT": 20, **settings})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -60,14 +59,8 @@ class Attempt:
             os.set_blocking(self._stdin, False)
         self._stdout = Output(stdout[0], limits.output)
         self._stderr = Output(stderr[0], limits.output)
-        job = json.dumps(
-            {
-                "language": program.language,
-                "path": SOURCES[program.language],
-                "args": program.args,
-                "env": own_environment(program),
-            }
-        ).encode()
+        path = SOURCES[program.language]
+        job = child.encode(program.language, path, program.args, own_environment(program))
         self._started = time.monotonic()
         self._deadline = self._started + limits.timeout
         _send(hatchling.job, child.JOB.pack(len(job)) + job, [program.source, *theirs])

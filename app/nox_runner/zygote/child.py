@@ -9,10 +9,12 @@ are closed), and a namespace's init gets no signal from inside that it has no ha
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import _socket
+import array
 import atexit
 import builtins
 import gc
-import json
+import marshal
 import os
 import resource
 import signal
@@ -31,7 +33,7 @@ READY = struct.Struct("=q")
 """CPU time in µs that was spent before the job. With it come the descriptors of what FILES names,
 and, where the kernel tells of an exit ahead, of that notice's listener."""
 JOB = struct.Struct("=I")
-"""Length of the JSON text of a job; with it come the descriptors."""
+"""Length of the text of a job, which `encode` gives; with it come the descriptors."""
 FILES = ("1/stat", "1/task/1/children", "self/status", "thread-self/children", "self/stat")
 """Below /proc: what tells, at its exit, whether the program is alone, and what it has used."""
 FAILED = b"E"
@@ -57,8 +59,15 @@ _KERNEL_FILES = (
     ("/proc/sys/user/max_inotify_watches", "4096"),
 )
 _SIGNALS = _signal.valid_signals()
+_MARSHAL = 4
+"""The version that every Python from 3.4 on writes and reads."""
+_DESCRIPTORS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _known = _null = _most = 0
-_REHEARSAL = json.dumps({"env": {"NOX_RUN_ID": "0" * 32}, "args": []}).encode()
+
+
+def encode(language: str, path: str, args: list[str], env: dict[str, str]) -> bytes:
+    """What JOB announces. Not JSON, whose reader is Python code and a regular expression."""
+    return marshal.dumps((language, path, args, env), _MARSHAL)
 
 
 def landlock(sandbox: str) -> tuple[dict[str, int], int] | None:
@@ -86,8 +95,15 @@ def prepare(config: dict[str, Any]) -> None:
     global _known, _null, _most
     _null = os.open("/dev/null", os.O_RDWR)
     _most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    # stderr stays, for what the zygote itself may have to say: a program gets another one.
+    for descriptor in range(2):
+        os.dup2(_null, descriptor)
+    # What was printed before a timeout is worth having.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(config["environment"])
+    config["mounts"] = kernel.Mounts(_mounts(config))
     _known = len(sys.modules)
     gc.collect()
     # What is there now is not looked at again by any collection, so its pages stay shared. And
@@ -96,7 +112,7 @@ def prepare(config: dict[str, Any]) -> None:
     gc.disable()
 
 
-def live(config: dict[str, Any], job: socket.socket, rehearse: bool) -> NoReturn:
+def live(config: dict[str, Any], job: _socket.socket, rehearse: bool) -> NoReturn:
     """Build the rest of the sandbox, become the program when it comes, and end."""
     try:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
@@ -114,11 +130,11 @@ def live(config: dict[str, Any], job: socket.socket, rehearse: bool) -> NoReturn
         os._exit(126)
 
 
-def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
+def _build(config: dict[str, Any], job: _socket.socket) -> list[int]:
     """Make the rest of the sandbox, and give up what that took; the descriptors for READY."""
     close_all_but(job.fileno())
     os.setsid()
-    _mounts(config)
+    _mount(config)
     if not config["network"]:
         config["loopback"]()
     kernel.unshare(kernel.CLONE_NEWUSER)
@@ -133,18 +149,24 @@ def _build(config: dict[str, Any], job: socket.socket) -> list[int]:
     return told
 
 
-def _mounts(config: dict[str, Any]) -> None:
+def _mounts(config: dict[str, Any]) -> list[tuple[str, str, str, int, str]]:
     flags = kernel.MS_NOSUID | kernel.MS_NODEV
-    kernel.mount("proc", "/proc", "proc", flags | kernel.MS_NOEXEC)
-    size, files = config["tmp_size"], config["tmp_files"]
-    for path in ("/tmp", "/dev/shm"):
-        kernel.mount("tmpfs", path, "tmpfs", flags, f"mode=1777,size={size},nr_inodes={files}")
+    size = f"size={config['tmp_size']},nr_inodes={config['tmp_files']}"
     # The program's own text is there as well.
-    size = config["run_size"]
-    kernel.mount("tmpfs", "/run", "tmpfs", flags, f"mode=0755,size={size},nr_inodes=1024")
+    run = f"mode=0755,size={config['run_size']},nr_inodes=1024"
+    terminals = "newinstance,ptmxmode=0666,mode=620"
+    return [
+        ("proc", "/proc", "proc", flags | kernel.MS_NOEXEC, ""),
+        ("tmpfs", "/tmp", "tmpfs", flags, f"mode=1777,{size}"),
+        ("tmpfs", "/dev/shm", "tmpfs", flags, f"mode=1777,{size}"),
+        ("tmpfs", "/run", "tmpfs", flags, run),
+        ("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals),
+    ]
+
+
+def _mount(config: dict[str, Any]) -> None:
+    config["mounts"]()
     os.mkdir(_PLACE, 0o755)
-    terminals = kernel.MS_NOSUID | kernel.MS_NOEXEC
-    kernel.mount("devpts", "/dev/pts", "devpts", terminals, "newinstance,ptmxmode=0666,mode=620")
     sandbox = config["sandbox"]
     if sandbox.startswith("/tmp/"):
         # Covered now, but for this process, whose working directory it is.
@@ -164,21 +186,15 @@ def _limits(config: dict[str, Any]) -> None:
             continue
 
 
-def close_all_but(*kept: int) -> None:
-    """Close all descriptors but `kept`, and the standard ones, which become the null device."""
-    for descriptor in range(3):
-        os.dup2(_null, descriptor)
-    start = 3
-    for descriptor in sorted(kept):
-        os.closerange(start, descriptor)
-        start = descriptor + 1
-    os.closerange(start, _most)
+def close_all_but(kept: int) -> None:
+    """Close all descriptors but `kept` and the standard ones."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, _most)
 
 
 def _prepare(rehearse: bool) -> None:
     os.umask(0o022)
-    if "random" in sys.modules:
-        sys.modules["random"].seed()
+    # Python's own random was by its hook (kernel.ForkHooks).
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.path.append(os.getcwd())
@@ -186,14 +202,14 @@ def _prepare(rehearse: bool) -> None:
         _rehearse()
 
 
-def _become_program(job: socket.socket, told: list[int]) -> NoReturn:
+def _become_program(job: _socket.socket, told: list[int]) -> NoReturn:
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
-    socket.send_fds(job, [ready], told)
+    _send(job, ready, told)
     # The listener above all: a program must not be the one who is told.
     for descriptor in told:
         os.close(descriptor)
-    wanted, descriptors = _receive(job)
+    language, path, args, env, descriptors = _receive(job)
     job.close()
     source, *streams = descriptors
     # In front of the first: stdin is the null device already, and may stay that.
@@ -201,21 +217,26 @@ def _become_program(job: socket.socket, told: list[int]) -> NoReturn:
         os.dup2(descriptor, number)
     text = os.pread(source, os.fstat(source).st_size, 0)
     os.closerange(3, max(descriptors) + 1)
-    os.environ.update(wanted["env"])
-    path = wanted["path"]
+    _set_environment(env)
     _write(path, text)
-    if wanted["language"] == "sh":
+    if language == "sh":
         # As a shell expects them; Python ignores both.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        os.execv("/bin/sh", ["/bin/sh", path, *wanted["args"]])
-    sys.argv = [path, *wanted["args"]]
+        os.execv("/bin/sh", ["/bin/sh", path, *args])
+    sys.argv = [path, *args]
     gc.enable()
     _finish(*_python(text, path))
 
 
-def _receive(job: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    text, descriptors, _, _ = socket.recv_fds(job, 1 << 16, 4)
+def _send(job: _socket.socket, message: bytes, descriptors: list[int]) -> None:
+    rights = array.array("i", descriptors)
+    job.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+
+def _receive(job: _socket.socket) -> tuple[str, str, list[str], dict[str, str], list[int]]:
+    """What `encode` was given, and the descriptors that came with it."""
+    text, ancillary, _, _ = job.recvmsg(1 << 16, _DESCRIPTORS)
     if len(text) < JOB.size:
         os._exit(0)  # never needed
     end = JOB.size + JOB.unpack_from(text)[0]
@@ -224,30 +245,39 @@ def _receive(job: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if not piece:
             os._exit(0)
         text += piece
-    return json.loads(text[JOB.size :]), descriptors
+    descriptors = array.array("i", ancillary[0][2])
+    return *marshal.loads(text[JOB.size :]), descriptors.tolist()
+
+
+def _set_environment(added: dict[str, str]) -> None:
+    # update() looks into abstract base classes first.
+    for name, value in added.items():
+        os.environ[name] = value
 
 
 def _write(path: str, text: bytes) -> None:
-    with open(path, "wb", buffering=0) as file:
-        view = memoryview(text)
-        while view:
-            view = view[file.write(view) :]
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    view = memoryview(text)
+    while view:
+        view = view[os.write(file, view) :]
+    os.close(file)
 
 
 def _rehearse() -> None:
     """Go the way of a job once, so that the pages it writes to are this process's own by then."""
     path = f"{_PLACE}/main.py"
     text = b"def f(x):\n    return [str(x)]\nprint(f(1))\n"
-    near, far = socket.socketpair()
-    socket.send_fds(far, [JOB.pack(len(_REHEARSAL)) + _REHEARSAL], [0, 0])
-    wanted, (source, other) = _receive(near)
+    near, far = _socket.socketpair()
+    job = encode("python", path, [], {"NOX_RUN_ID": "0" * 32})
+    _send(far, JOB.pack(len(job)) + job, [0, 0])
+    _, _, args, env, (source, other) = _receive(near)
     near.close()
     far.close()
     os.dup2(other, source)
     os.closerange(source, other + 1)
+    _set_environment(env)
     _write(path, text)
-    os.environ.update(wanted["env"])
-    sys.argv = [path, *wanted["args"]]
+    sys.argv = [path, *args]
     _python(text, path)
     _settle()
     sys.stdout.flush()
@@ -256,9 +286,6 @@ def _rehearse() -> None:
 
 def _python(text: bytes, path: str) -> tuple[int, int | None]:
     """Run a program's text as `__main__`, as bootstrap.py does; its exit code or deadly signal."""
-    for stream in (sys.stdout, sys.stderr):
-        # What was printed before a timeout is worth having.
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     main = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=builtins, __file__=path)
     sys.modules["__main__"] = main
@@ -292,7 +319,7 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
     Threads are awaited, exit handlers called, and what the program's modules hold is let go of
     (so files are flushed, and finalizers run).
     """
-    _quietly(threading._shutdown)  # type: ignore[attr-defined]
+    _quietly(_await_threads)
     _quietly(atexit._run_exitfuncs)
     _quietly(_settle)
     try:
@@ -307,6 +334,11 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
     kernel.marked_exit(code & 0xFF)
     os._exit(code)
+
+
+def _await_threads() -> None:
+    if threading.active_count() > 1:
+        threading._shutdown()  # type: ignore[attr-defined]
 
 
 def _settle() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import platform
 import socket
 import struct
+from collections.abc import Callable
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -80,15 +82,50 @@ def _check(result: int, what: str) -> int:
     return result
 
 
+class ForkHooks:
+    """What modules have registered to be called around a fork, from when this is made to `close`.
+
+    `threading` is left out: in the new process it looks after other threads and the locks they
+    held, and makes its own anew. Where there are no other threads that changes nothing, and costs
+    copies of a hundred memory pages.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[Callable[[], object]] = []
+        self.in_parent: list[Callable[[], object]] = []
+        self.in_child: list[Callable[[], object]] = []
+        self._register = os.register_at_fork
+        os.register_at_fork = self._note  # type: ignore[assignment]
+
+    def _note(self, **hooks: Callable[[], object]) -> None:
+        # For a program's own forks.
+        self._register(**hooks)
+        kinds = {
+            "before": self.before,
+            "after_in_parent": self.in_parent,
+            "after_in_child": self.in_child,
+        }
+        for kind, hook in hooks.items():
+            if getattr(hook, "__module__", "") != "threading":
+                kinds[kind].append(hook)
+
+    def close(self) -> None:
+        """Take note of no more."""
+        os.register_at_fork = self._register
+
+
 class Fork:
     """os.fork, but into fresh namespaces, and the new process is a sibling: a child of the parent.
 
     Only for a process with a single thread; made by one that was not made by this, and used by its
-    descendants, too. What the C library keeps of a thread's number and locks is kept right, as by
-    its own fork; the handlers of pthread_atfork are not called.
+    descendants, too. Neither the interpreter nor the C library is told: what they do at a fork is
+    to look after other threads, and after locks that those hold. What they keep of the thread's
+    number and its list of locks is kept right. Of hooks only `hooks` are called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hooks: ForkHooks) -> None:
+        self._hooks = hooks
+        self._call = _libc.syscall
         self._clone = ctypes.c_long(_number("clone"))
         self._set_robust_list = ctypes.c_long(_number("set_robust_list"))
         self._locks, self._size = ctypes.c_void_p(), ctypes.c_size_t()
@@ -96,24 +133,28 @@ class Fork:
         found = _libc.syscall(get, 0, ctypes.byref(self._locks), ctypes.byref(self._size))
         _check(found, "get_robust_list")
         self._flags = _CLONE_PARENT | _CLONE_PIDFD | _SIGCHLD
-        self._thread = ctypes.c_void_p()
-        if _prctl(_PR_GET_TID_ADDRESS, ctypes.addressof(self._thread), 0, 0, 0) == 0:
+        thread, none = ctypes.c_void_p(), ctypes.c_long(0)
+        if _prctl(_PR_GET_TID_ADDRESS, ctypes.addressof(thread), 0, 0, 0) == 0:
             self._flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
         self._pidfd = ctypes.c_int(-1)
+        # The last two are the other way round on other processors; of the two only one is used.
+        last = (thread, none) if platform.machine() == "x86_64" else (none, thread)
+        self._rest = none, ctypes.byref(self._pidfd), *last
 
     def __call__(self, namespaces: int) -> tuple[int, int]:
         """(0, -1) in the new process, (pid, pidfd) in the old one."""
+        hooks = self._hooks
         flags = ctypes.c_ulong(namespaces | self._flags)
-        none, pidfd = ctypes.c_long(0), ctypes.byref(self._pidfd)
-        # The last two are the other way round on other processors; of the two only one is used.
-        last = (self._thread, none) if platform.machine() == "x86_64" else (none, self._thread)
-        ctypes.pythonapi.PyOS_BeforeFork()
-        pid = _libc.syscall(self._clone, flags, none, pidfd, *last)
+        for hook in reversed(hooks.before):
+            hook()
+        pid = self._call(self._clone, flags, *self._rest)
         if pid == 0:
-            ctypes.pythonapi.PyOS_AfterFork_Child()
-            _libc.syscall(self._set_robust_list, self._locks, self._size)
+            self._call(self._set_robust_list, self._locks, self._size)
+            for hook in hooks.in_child:
+                hook()
             return 0, -1
-        ctypes.pythonapi.PyOS_AfterFork_Parent()
+        for hook in hooks.in_parent:
+            hook()
         return _check(pid, "clone"), self._pidfd.value
 
 
@@ -180,16 +221,35 @@ def write(path: str, text: str) -> None:
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
     """mount(2)."""
-    _check(
-        _libc.mount(
-            source.encode(),
-            target.encode(),
-            kind.encode(),
-            ctypes.c_ulong(flags),
-            data.encode() if data else None,
-        ),
-        f"mount {kind or 'bind'} {target}",
-    )
+    Mounts([(source, target, kind, flags, data)])()
+
+
+class Mounts:
+    """Mounts that are to be made one after the other: source, target, kind, flags, data of each.
+
+    All objects that takes are made with this, not when it is called (see Seal).
+    """
+
+    def __init__(self, wanted: list[tuple[str, str, str, int, str]]) -> None:
+        self._calls = [
+            (
+                f"mount {kind or 'bind'} {target}",
+                functools.partial(
+                    _libc.mount,
+                    source.encode(),
+                    target.encode(),
+                    kind.encode(),
+                    ctypes.c_ulong(flags),
+                    data.encode() if data else None,
+                ),
+            )
+            for source, target, kind, flags, data in wanted
+        ]
+
+    def __call__(self) -> None:
+        """OSError if one cannot be made."""
+        for what, call in self._calls:
+            _check(call(), what)
 
 
 def bind(source: str, target: str) -> None:
@@ -254,6 +314,21 @@ def landlock(rights: dict[str, int], handled: int) -> None:
         os.close(rules)
 
 
+class Filter:
+    """Gives up the system calls that `program`, a seccomp filter, does not allow; for good.
+
+    Needs no_new_privs, or CAP_SYS_ADMIN in the own user namespace.
+    """
+
+    def __init__(self, program: bytes) -> None:
+        self._program = _Program(len(program) // 8, program)
+        self._address = ctypes.addressof(self._program)
+
+    def __call__(self) -> None:
+        sealed = _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._address, 0, 0)
+        _check(sealed, "giving up system calls")
+
+
 class Seal:
     """Gives up every privilege of the process that calls it, for good: capabilities, new ones by
     set-user-ID files, and the system calls that `program`, a seccomp filter, does not allow.
@@ -270,8 +345,7 @@ class Seal:
             self._capabilities = range(int(file.read()) + 1)
         self._header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
         self._none = bytes(24)
-        self._program = _Program(len(program) // 8, program)
-        self._filter = ctypes.addressof(self._program)
+        self._filter = Filter(program)
         self._telling = _Program(len(telling) // 8, telling) if telling else None
         self._telling_filter = ctypes.byref(self._telling) if self._telling else None
         self._seccomp = ctypes.c_long(_number("seccomp"))
@@ -293,8 +367,7 @@ class Seal:
             if found >= 0:
                 return found
         # Another one listens already, or the kernel or the service's own filter has no such thing.
-        sealed = _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0)
-        _check(sealed, "giving up system calls")
+        self._filter()
         return -1
 
 
@@ -306,12 +379,14 @@ class Loopback:
         # RTM_NEWLINK (request, acknowledge) of interface 1, the loopback: up.
         self._up = struct.pack("=IHHII", 32, 16, 5, 1, 0) + struct.pack("=BxHiII", 0, 0, 1, 1, 1)
         self._answer = ctypes.create_string_buffer(1024)
+        # A function is made when it is looked up first.
+        self._socket, self._send, self._receive = _libc.socket, _libc.send, _libc.recv
 
     def __call__(self) -> None:
         """OSError if it does not come up."""
-        link = _check(_libc.socket(*self._kind), "socket")
-        _check(_libc.send(link, self._up, len(self._up), 0), "send")
-        _check(_libc.recv(link, self._answer, len(self._answer), 0), "recv")
+        link = _check(self._socket(*self._kind), "socket")
+        _check(self._send(link, self._up, len(self._up), 0), "send")
+        _check(self._receive(link, self._answer, len(self._answer), 0), "recv")
         os.close(link)
         (error,) = struct.unpack_from("=i", self._answer, 16)
         if error:

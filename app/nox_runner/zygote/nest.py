@@ -11,6 +11,7 @@ runner's child, as its sandboxes will be.
 
 from __future__ import annotations
 
+import _socket
 import array
 import errno
 import importlib
@@ -42,23 +43,23 @@ _OLD = "/old"
 _NEW = "/new"
 
 
-def main(control: socket.socket) -> int:
-    """Serve until the runner closes `control`."""
+def main(control: socket.socket, hooks: kernel.ForkHooks) -> int:
+    """Serve until the runner closes `control`. `hooks` was made before what registers them."""
     config = json.loads(control.recv(1 << 16))
-    programs = {}
-    for name in ("seal", "telling_seal", "init_seal"):
-        if name in config:
-            with open(config[name], "rb") as file:
-                programs[name] = file.read()
-    config["seal"] = kernel.Seal(programs["seal"], programs.get("telling_seal", b""))
-    config["init_seal"] = kernel.Seal(programs["init_seal"])
+    filters = {}
+    for name, descriptor in config["filters"].items():
+        with open(descriptor, "rb") as file:
+            filters[name] = file.read()
+    config["seal"] = kernel.Seal(filters["run"], filters.get("telling_run", b""))
+    config["init_seal"] = kernel.Seal(filters["init"])
     # The kernel buries the inits, and whom a program leaves to one: nobody asks how they ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         skipped = _import(config["preimport"])
+        hooks.close()
         config["handlers"] = _take_handlers()
         _build(config)
-        config["fork"], config["idle"] = kernel.Fork(), kernel.Idle()
+        config["fork"], config["idle"] = kernel.Fork(hooks), kernel.Idle()
         config["loopback"] = kernel.Loopback()
     except OSError as error:
         control.send(FAILED + str(error).encode())
@@ -74,6 +75,7 @@ def main(control: socket.socket) -> int:
     landlock = kernel.landlock_version() if config["landlock"] else 0
     try:
         processes = _settle(config)
+        kernel.Filter(filters["zygote"])()
     except OSError as error:
         control.send(FAILED + str(error).encode())
         return 1
@@ -256,7 +258,8 @@ def _read_only(path: str) -> None:
 
 
 def _hatch(config: dict[str, Any], control: socket.socket, *, rehearse: bool) -> None:
-    runner_side, job = socket.socketpair()
+    # Without socket.socket around it, whose making is longer than the call.
+    runner_side, job = _socket.socketpair()
     # With what the program's process says come its pid and user, told by the kernel.
     runner_side.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     handles = []

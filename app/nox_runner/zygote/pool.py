@@ -49,9 +49,11 @@ _START = f"""
 import sys
 sys.dont_write_bytecode = True
 sys.path.append({_LIBRARY!r})
+from nox_runner.zygote import kernel
+hooks = kernel.ForkHooks()
 import socket
 from nox_runner.zygote import nest
-sys.exit(nest.main(socket.socket(fileno=int(sys.argv[1]))))
+sys.exit(nest.main(socket.socket(fileno=int(sys.argv[1])), hooks))
 """
 
 
@@ -134,11 +136,12 @@ class Pool:
 
     def __init__(self, groups: Groups | None) -> None:
         self._filters = {
-            "seal": seccomp.program(),
-            "init_seal": seccomp.init_program(),
+            "zygote": seccomp.zygote_program(),
+            "init": seccomp.init_program(),
+            "run": seccomp.rest_program(telling=False),
         }
         try:
-            self._filters["telling_seal"] = seccomp.telling_program()
+            self._filters["telling_run"] = seccomp.rest_program(telling=True)
         except OSError as error:
             # Then it is seen how a program ended when it has, a bit later.
             log("warning", "no_exit_notice", reason=str(error))
@@ -287,7 +290,7 @@ class Pool:
                 start_new_session=True,
             )
             zygote = self._zygote = _Zygote(starter, control)
-            control.send(json.dumps({**_config(plan), **filters}).encode())
+            control.send(json.dumps({**_config(plan), "filters": filters}).encode())
         except BaseException:
             if self._zygote is None:
                 control.close()
