@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from nox_runner.settings import Settings
 
 _OPEN_FILES = 1024
+_PENDING_SIGNALS = 4096
+_MESSAGE_QUEUES = 819_200  # bytes, the kernel's own default
 _STACK = 8 << 20
 _ADDRESS_SPACE = 4 << 30
 
@@ -69,7 +71,7 @@ def not_enforced(limits: Limits) -> dict[str, str]:
 
 def apply(pid: int, limits: Limits) -> None:
     """Set the resource limits of the process `pid`, which its later children inherit."""
-    _set(pid, {**inherited(limits), **own(limits)})
+    _set(pid, {**inherited(limits), **own(limits), **last()})
     # Where the host runs out of memory, runs should die before the services. Only a hint: a run
     # may take it back.
     with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
@@ -91,7 +93,6 @@ def inherited(limits: Limits) -> dict[int, int]:
             resource.RLIMIT_DATA: limits.memory,
             resource.RLIMIT_FSIZE: limits.file_size,
             resource.RLIMIT_MEMLOCK: 64 << 10,
-            resource.RLIMIT_NOFILE: _OPEN_FILES,
             resource.RLIMIT_STACK: _STACK,
         }
     )
@@ -100,16 +101,27 @@ def inherited(limits: Limits) -> dict[int, int]:
 def own(limits: Limits) -> dict[int, int]:
     """Those that a run's own process has to get.
 
-    The number of processes is counted per user namespace since Linux 5.14, so the process must be
-    in the run's own already. CPU time counts all threads: it is a second net under the wall clock,
-    and must not cut a program that uses each core for the whole of its time.
+    Processes, signals and message queues are counted per user namespace since Linux 5.14, so the
+    process must be in the run's own already. CPU time counts all threads: it is a second net under
+    the wall clock, and must not cut a program that uses each core for the whole of its time.
     """
     return _possible(
         {
             resource.RLIMIT_CPU: math.ceil(limits.timeout) * (os.cpu_count() or 1) + 1,
             resource.RLIMIT_NPROC: limits.processes,
+            resource.RLIMIT_SIGPENDING: _PENDING_SIGNALS,
+            resource.RLIMIT_MSGQUEUE: _MESSAGE_QUEUES,
         }
     )
+
+
+def last() -> dict[int, int]:
+    """What a run's process gets when it has nothing more to send to the runner.
+
+    The kernel lets nobody send descriptors whose limit is below the number of those that are under
+    way between all processes of the user, so the runs' is below the services'.
+    """
+    return _possible({resource.RLIMIT_NOFILE: _OPEN_FILES})
 
 
 def adjust(pid: int, limits: Limits, before: Limits) -> None:

@@ -72,7 +72,9 @@ _YOUNG = {
 # clone3 are in memory, where no filter sees them; the C library then takes clone.
 _ABSENT = (435, *range(463, 512))
 
-_NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
+# CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and CLONE_PARENT, since the
+# parent of a run's first process is the runner, which knows nothing of other children.
+_REFUSED_FLAGS = 0x7E020000 | 0x8000
 _UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 _ALLOW = 0x7FFF0000
 _NOTIFY = 0x7FC00000
@@ -91,7 +93,7 @@ class _Compare(ctypes.Structure):
 
 
 _CONDITIONAL: dict[str, tuple[tuple[_Compare, ...], ...]] = {
-    "clone": ((_Compare(0, _MASKED_EQUAL, _NAMESPACES, 0),),),
+    "clone": ((_Compare(0, _MASKED_EQUAL, _REFUSED_FLAGS, 0),),),
     "personality": ((_Compare(0, _EQUAL, 0),), (_Compare(0, _EQUAL, 0xFFFFFFFF),)),
     # Only its own: the limits of the sandbox's init are not a run's to change.
     "prlimit64": ((_Compare(0, _EQUAL, 0),),),
@@ -140,8 +142,8 @@ def rest_program(*, telling: bool) -> bytes:
         for name in _MAKING.split():
             number = library.seccomp_syscall_resolve_name(name.encode())
             if name == "clone":
-                for bit in range(_NAMESPACES.bit_length()):
-                    if flag := _NAMESPACES & 1 << bit:
+                for bit in range(_REFUSED_FLAGS.bit_length()):
+                    if flag := _REFUSED_FLAGS & 1 << bit:
                         found = (_Compare(0, _MASKED_EQUAL, flag, flag),)
                         _add(library, context, _error(errno.EPERM), number, found)
             elif name not in _NAMES.split():

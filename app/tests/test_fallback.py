@@ -23,6 +23,12 @@ pool._START = pool._START.replace(
     "sys.exit", "nest.child.NAMESPACES &= ~nest.kernel.CLONE_NEWIPC; sys.exit"
 )
 """
+SHARED_MEMORY = """
+from nox_runner.zygote import pool
+pool._START = pool._START.replace(
+    "sys.exit", "import mmap; held = mmap.mmap(-1, 4096); sys.exit"
+)
+"""
 NO_SETNS = """
 from nox_runner.zygote import pool
 pool._START = pool._START.replace(
@@ -58,6 +64,7 @@ def with_fault(nox: Service, fault: str) -> Service:
     [
         (NO_ZYGOTE, "does not start"),
         (NO_SETNS, "setns"),
+        (SHARED_MEMORY, "memory that all runs would share"),
         (SHARED_IPC, "shared with the host: ipc"),
     ],
 )

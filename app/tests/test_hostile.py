@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from service import Service, resident
@@ -108,6 +110,74 @@ def test_descriptors_until_there_are_no_more(nox: Service) -> None:
         "while libc.inotify_init() >= 0: pass\nprint('end')"
     )
     assert nox.python(code)["stdout"] == "24\nend\n"
+
+
+def test_no_memory_is_shared_with_other_runs(nox: Service) -> None:
+    # What is mapped for all to write: the stack of the sandboxes' inits was.
+    code = (
+        "shared = [l for l in open('/proc/self/maps') if {'w', 's'} <= set(l.split()[1])]\n"
+        "print(shared)"
+    )
+    assert nox.python(code)["stdout"] == "[]\n"
+
+
+def test_a_child_of_the_runner_cannot_be_made(nox: Service) -> None:
+    # CLONE_PARENT: the parent of a run's first process is the runner.
+    code = (
+        "import ctypes, os, platform\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "number = {'x86_64': 56, 'aarch64': 220}[platform.machine()]\n"
+        "for flags in (0x8000 | 17, 0x8000, 0x8000 | 0x100 | 0x4000 | 17):\n"
+        "    made = libc.syscall(number, flags, 0, 0, 0, 0)\n"
+        "    if made == 0: os._exit(0)\n"
+        "    print(made, ctypes.get_errno())"
+    )
+    assert nox.python(code)["stdout"] == "-1 1\n" * 3
+
+
+DESCRIPTORS_UNDER_WAY = """
+import array, socket, sys, time
+held = []
+for size in (250, 1):
+    try:
+        while True:
+            held.append(socket.socketpair())
+            rights = array.array("i", [0] * size)
+            held[-1][0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    except OSError as error:
+        print(error.errno, flush=True)
+time.sleep(3)
+"""
+
+
+def test_descriptors_under_way_between_processes(nox: Service) -> None:
+    """The kernel counts them for all of a user's processes together, the services' too."""
+    before = nox.runner_log().count("zygote_failed")
+    with ThreadPoolExecutor() as pool:
+        attack = pool.submit(nox.python, DESCRIPTORS_UNDER_WAY)
+        victim = pool.submit(nox.shell, "sleep 2; echo undisturbed")
+        time.sleep(0.7)
+        for _ in range(20):
+            assert nox.python("print(1)")["stdout"] == "1\n"
+        assert victim.result()["stdout"] == "undisturbed\n"
+    # ETOOMANYREFS
+    assert attack.result()["stdout"] == "109\n109\n"
+    assert nox.runner_log().count("zygote_failed") == before
+
+
+def test_what_counts_for_all_of_a_user_is_limited_for_a_run(nox: Service) -> None:
+    code = (
+        "import os, resource\n"
+        "print(*(resource.getrlimit(getattr(resource, 'RLIMIT_' + name))[0]"
+        " for name in ('SIGPENDING', 'MSGQUEUE', 'NOFILE')))\n"
+        "held = []\n"
+        "try:\n    while len(held) < 200: held.append(os.openpty())\n"
+        "except OSError as error: print(len(held))"
+    )
+    told = nox.python(code)["stdout"].splitlines()
+    assert told[0] == "4096 819200 1024"
+    if nox.detail()["runner"]["backend"] == "zygote":
+        assert told[1] == "64"
 
 
 def test_setuid_programs_gain_nothing(nox: Service) -> None:

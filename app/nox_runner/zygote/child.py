@@ -123,7 +123,7 @@ def live(config: dict[str, Any], job: _socket.socket, rehearse: bool) -> NoRetur
             _signal.signal(number, handler)
         told = _build(config, job)
         _prepare(rehearse)
-        _become_program(job, told)
+        _become_program(config, job, told)
     except BaseException as error:
         job.send(FAILED + str(error).encode()[:4000])
     finally:
@@ -154,7 +154,8 @@ def _mounts(config: dict[str, Any]) -> list[tuple[str, str, str, int, str]]:
     size = f"size={config['tmp_size']},nr_inodes={config['tmp_files']}"
     # The program's own text is there as well.
     run = f"mode=0755,size={config['run_size']},nr_inodes=1024"
-    terminals = "newinstance,ptmxmode=0666,mode=620"
+    # The kernel has 4096 of them for the whole machine.
+    terminals = "newinstance,ptmxmode=0666,mode=620,max=64"
     return [
         ("proc", "/proc", "proc", flags | kernel.MS_NOEXEC, ""),
         ("tmpfs", "/tmp", "tmpfs", flags, f"mode=1777,{size}"),
@@ -202,13 +203,15 @@ def _prepare(rehearse: bool) -> None:
         _rehearse()
 
 
-def _become_program(job: _socket.socket, told: list[int]) -> NoReturn:
+def _become_program(config: dict[str, Any], job: _socket.socket, told: list[int]) -> NoReturn:
     used = resource.getrusage(resource.RUSAGE_SELF)
     ready = READY.pack(round((used.ru_utime + used.ru_stime) * 1e6))
     _send(job, ready, told)
     # The listener above all: a program must not be the one who is told.
     for descriptor in told:
         os.close(descriptor)
+    for which, value in config["last_limits"]:
+        resource.prlimit(0, which, (value, value))
     language, path, args, env, descriptors = _receive(job)
     job.close()
     source, *streams = descriptors

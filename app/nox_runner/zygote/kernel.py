@@ -168,7 +168,9 @@ class Idle:
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _STACK)
+        # Private, and not the forks' even to read: it is where an init finds what it is to do.
+        self._memory = mmap.mmap(-1, _STACK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_DONTFORK)
         self._stack = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + _STACK
         self._pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
         self._clone = _libc.clone

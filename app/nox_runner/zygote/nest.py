@@ -59,7 +59,7 @@ def main(control: socket.socket, hooks: kernel.ForkHooks) -> int:
         hooks.close()
         config["handlers"] = _take_handlers()
         _build(config)
-        config["fork"], config["idle"] = kernel.Fork(hooks), kernel.Idle()
+        config["fork"] = kernel.Fork(hooks)
         config["loopback"] = kernel.Loopback()
     except OSError as error:
         control.send(FAILED + str(error).encode())
@@ -74,7 +74,9 @@ def main(control: socket.socket, hooks: kernel.ForkHooks) -> int:
         resource.prlimit(0, which, (value, value))
     landlock = kernel.landlock_version() if config["landlock"] else 0
     try:
+        _refuse_shared_memory()
         processes = _settle(config)
+        config["idle"] = kernel.Idle()
         kernel.Filter(filters["zygote"])()
     except OSError as error:
         control.send(FAILED + str(error).encode())
@@ -158,6 +160,15 @@ def _take_handlers() -> list[tuple[int, Any]]:
     if int(caught, 16):
         raise OSError(f"NOX_PREIMPORT: a module handles signals by itself: {caught}")
     return found
+
+
+def _refuse_shared_memory() -> None:
+    """OSError if this process has memory that those it forks could write to, for all to see."""
+    with open("/proc/self/maps") as file:
+        for line in file:
+            mode = line.split()[1]
+            if "w" in mode and "s" in mode:
+                raise OSError(f"memory that all runs would share: {line.strip()}")
 
 
 def _build(config: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ _PYTHON = "/usr/bin/python3"
 _START_SECONDS = 20.0
 _HATCH_SECONDS = 10.0
 _RETRY_SECONDS = 1.0
+_STRAYS_SECONDS = 5.0
 # A refill competes with the answer on its way to the client, so it lets that one go first.
 _BREATH = 0.004
 _SIDE_BY_SIDE = (os.cpu_count() or 1) + 1
@@ -163,6 +164,9 @@ class Pool:
         self._zygote: _Zygote | None = None
         self._left: list[_Zygote] = []
         """Zygotes that make no more sandboxes, but whose programs still run."""
+        self._taken: set[int] = set()
+        """Numbers of the processes whose end is awaited by who took them."""
+        self._strays_until = 0.0
         self._made_for: Plan | None = None
         self._failure = ""
         self._failures = 0
@@ -185,6 +189,7 @@ class Pool:
                     hatchling = self._ready.popleft()
                     if not hatchling.has_ended():
                         hatchling.zygote.taken.add(hatchling.pid)
+                        self._taken.add(hatchling.pid)
                         return hatchling
                     # It died while it waited, with the zygote most likely.
                     self._spent.append(hatchling)
@@ -198,6 +203,7 @@ class Pool:
         """What was taken has come to its end, or is to; `refill` ends it, and makes another."""
         self._spent.append(hatchling)
         hatchling.zygote.taken.discard(hatchling.pid)
+        self._taken.discard(hatchling.pid)
 
     def refill(self) -> None:
         """See that what is missing is made. Apart from giving back: no answer waits for it."""
@@ -214,14 +220,14 @@ class Pool:
         self._leave(at_once=True)
         for zygote in self._left:
             self._dying += zygote.end()
+        self._left.clear()
         self._bury()
 
     def _keep(self) -> None:
         while not self._closed:
             with self._changed:
-                self._changed.wait_for(
-                    self._has_work, timeout=0.05 if self._dying or self._emptying else 60
-                )
+                burying = self._dying or self._emptying or self._looks_for_strays()
+                self._changed.wait_for(self._has_work, timeout=0.05 if burying else 60)
                 plan, hurry = self._plan, len(self._ready) < 2
             if self._closed:
                 return
@@ -250,7 +256,23 @@ class Pool:
         for zygote in [one for one in self._left if not (one.taken and one.is_alive())]:
             self._left.remove(zygote)
             self._dying += zygote.end()
+            self._strays_until = time.monotonic() + _STRAYS_SECONDS
         self._dying = [process for process in self._dying if not _bury(process)]
+        if self._looks_for_strays():
+            self._bury_strays()
+
+    def _looks_for_strays(self) -> bool:
+        return time.monotonic() < self._strays_until
+
+    def _bury_strays(self) -> None:
+        """Those that a zygote had made and not told of when it ended."""
+        with self._lock:
+            known = self._taken | {hatchling.pid for hatchling in self._ready}
+            for zygote in (*self._left, *([self._zygote] if self._zygote else ())):
+                known |= {zygote.starter.pid, *zygote.others}
+            for pid in set(orphans.children()) - known:
+                with suppress(ChildProcessError):
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
 
     def _has_work(self) -> bool:
         plan = self._plan
@@ -265,7 +287,8 @@ class Pool:
 
     def _fail(self, reason: str) -> None:
         log("error", "zygote_failed", reason=reason)
-        self._leave(at_once=True)
+        # Whose sandboxes can't be had any more may still run what it has.
+        self._leave(at_once=not self._is_alive())
         with self._changed:
             self._failure = reason
             self._failures += 1
@@ -320,19 +343,10 @@ class Pool:
         zygote, self._zygote = self._zygote, None
         if zygote is None:
             return
+        if at_once:
+            zygote.taken = set()
         self._left.append(zygote)
-        if at_once:
-            zygote.taken, taken = set(), zygote.taken
-            # Who took a sandbox buries it, and what was told of is in a list.
-            known = {hatchling.pid for hatchling in self._spent} | taken
-            for one in self._left:
-                known |= {one.starter.pid, *one.others, *one.taken}
         self._bury()
-        if at_once:
-            # What it made but had not told of. Nothing else is started here.
-            for pid in set(orphans.children()) - known:
-                with suppress(ProcessLookupError):
-                    self._dying.append(os.pidfd_open(pid))
 
     def _hatch(self, plan: Plan) -> None:
         """Make sandboxes until none is missing, some of them side by side."""
@@ -448,6 +462,7 @@ def _config(plan: Plan) -> dict[str, object]:
         "sandbox": plan.sandbox,
         "inherited_limits": list(resource_limits.inherited(plan.limits).items()),
         "own_limits": list(resource_limits.own(plan.limits).items()),
+        "last_limits": list(resource_limits.last().items()),
         "tmp_size": plan.limits.tmp_size,
         "tmp_files": MAX_FILES,
         "run_size": RUN_SIZE + plan.text_size,
