@@ -2,9 +2,12 @@
 
 `-I` keeps the working directory out of `sys.path`: it is shared, and a `json.py` or
 `sitecustomize.py` planted there would otherwise break or capture the start of every later run. It
-is added here, last, so that what was put can be imported but shadows nothing.
+is added here, last, so that what was put can be imported but shadows nothing; nor does it stand
+in for what the host's Python lacks (`_ABSENT`, which absent.py gives).
 Python 3.6 syntax at most: the interpreter is the host's own.
 """
+
+_ABSENT = ()
 
 
 def _start() -> None:
@@ -12,13 +15,15 @@ def _start() -> None:
     import sys
 
     path = sys.argv[1]
+    sys.modules.update(dict.fromkeys(_ABSENT))
     del sys.argv[0]
     sys.path.append(os.getcwd())
     # What was printed before a timeout is worth having.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     main = sys.modules["__main__"]
-    main.__dict__.pop("_start", None)
+    for name in ("_start", "_ABSENT"):
+        main.__dict__.pop(name, None)
     main.__file__ = path
     try:
         with open(path, "rb") as file:

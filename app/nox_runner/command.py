@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from nox_runner import bootstrap, tmpfs
+from nox_runner.absent import absent
 from nox_runner.backend import Program
 from nox_runner.limits import Limits
 
@@ -31,7 +32,11 @@ RUN_SIZE = 1 << 20
 _RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
-_BOOTSTRAP = inspect.getsource(bootstrap).replace(bootstrap.__doc__ or "", "", 1)
+_BOOTSTRAP = (
+    inspect.getsource(bootstrap)
+    .replace(bootstrap.__doc__ or "", "", 1)
+    .replace("_ABSENT = ()", f"_ABSENT = {tuple(absent())}", 1)
+)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,28 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from nox_runner import openat2
+from nox_runner.log import log
 from nox_runner.protocol import Failure
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o755
+
+
+def give_back(sandbox: str) -> None:
+    """Let the owner read, write and enter the sandbox's own directory again.
+
+    It belongs to the runs' user, so one of them may have taken that away, from all others.
+    """
+    with suppress(OSError):
+        mode = stat.S_IMODE(os.stat(sandbox).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.chmod(sandbox, mode | stat.S_IRWXU)
+            log("warning", "sandbox_given_back", mode=f"{mode:o}")
 
 
 @contextmanager

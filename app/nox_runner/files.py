@@ -22,13 +22,14 @@ def put(
     overwrite: bool,
     content: Iterable[bytes],
     max_size: int,
+    begun: Callable[[os.stat_result], None] = lambda _: None,
     stored: Callable[[os.stat_result], None] = lambda _: None,
 ) -> PutReply:
     """Store `content` as the file `path`, whole or not at all.
 
     It is written under a temporary name in the target's directory, then linked (which is atomic
-    and fails if the name is taken) or, with `overwrite`, renamed onto a regular file. `stored` is
-    told its state when it is complete.
+    and fails if the name is taken) or, with `overwrite`, renamed onto a regular file. `begun` is
+    told its state when it is made, `stored` when it is complete.
     Raises Failure: `bad_path`, `exists`, `not_regular`, `denied`, `too_large`, `no_space`.
     """
     *parents, name = _components(path)
@@ -40,6 +41,7 @@ def put(
             descriptor = os.open(temporary, flags, _MODE, dir_fd=directory)
         try:
             with failures(name), open(descriptor, "wb", buffering=0) as file:
+                begun(os.fstat(descriptor))
                 os.fchmod(descriptor, _MODE)  # whatever the umask
                 size, digest = _write(file, content, max_size)
                 stored(os.fstat(descriptor))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from nox_runner import __version__, files, listing, protocol
+from nox_runner import __version__, directories, files, listing, protocol
 from nox_runner.backend import Backend, ClientGoneError, Outcome, Program
 from nox_runner.command import memory_file
 from nox_runner.limits import Limits
@@ -69,7 +69,9 @@ class Service:
         request = protocol.decode_request(protocol.receive_frame(connection, protocol.MAX_HEADER))
         if isinstance(request, protocol.Health):
             connection.sendall(protocol.encode_reply(self._health()))
-        elif isinstance(request, protocol.Run):
+            return
+        directories.give_back(self.settings.sandbox)
+        if isinstance(request, protocol.Run):
             try:
                 self._run(request, connection)
             finally:
@@ -170,6 +172,7 @@ class Service:
                     request.overwrite,
                     upload.metered(content),
                     settings.max_body,
+                    upload.begun,
                     upload.stored,
                 )
         except Failure:

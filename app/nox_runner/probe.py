@@ -70,9 +70,14 @@ def _probe() -> None:
         soft, hard = resource.getrlimit(getattr(resource, name))
         if not 0 <= soft <= most or hard != soft:
             limits[name.lower()] = f"is {soft}, {hard} at most"
-    with open(f"nox-proof-{os.getpid()}", "w") as file:
-        file.write("able")
-    os.unlink(file.name)
+    # Runs share this directory and may do anything to it. So what goes wrong here is no wall, and
+    # the name is none that one of them can take before.
+    name = "nox-proof-" + os.urandom(8).hex()
+    try:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        os.unlink(name)
+    except OSError as error:
+        limits["sandbox"] = f"a run cannot write there: {error.strerror}"
     # Long enough for the watch over temporary files to have looked once.
     time.sleep(0.1)
     print(json.dumps({"walls": walls, "limits": limits}))

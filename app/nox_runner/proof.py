@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nox_runner import probe
+from nox_runner import directories, probe
 from nox_runner.backend import Backend, Outcome, Program
 from nox_runner.command import memory_file
 from nox_runner.limits import Limits
@@ -74,6 +74,7 @@ class Proof:
 
     def _run(self) -> Outcome:
         settings = self._settings()
+        directories.give_back(settings.sandbox)
         source = memory_file("proof", _PROGRAM)
         try:
             limits = Limits.of(settings, max(settings.timeout, _TIMEOUT))

@@ -3,8 +3,9 @@
 The truth is a scan of the whole tree. As that costs, it is made only after something may have
 changed: at a bounded rate, or at once when the file system's free space (one cheap call) tells that
 the quota may be used up. A run that breaks the quota costs itself and its like, never what was
-there before: all runs that are going are killed, and what was changed since the first of them began
-is removed, except uploads. See docs/decisions/0007-quota.md.
+there before: all runs that are going are killed, and what was changed since the first of them
+began, or the first of those that have ended since the last good scan, is removed, except uploads.
+See docs/decisions/0007-quota.md.
 """
 
 from __future__ import annotations
@@ -77,8 +78,10 @@ class Quota:
         self._cutting = False
         self._dirty = True
         self._usage = _Usage()
-        self._free = _Usage()
-        """Of the file system, at the last scan."""
+        self._base, self._free = _Usage(), _Usage()
+        """What was used, and what the file system had, when nothing was hidden from a scan."""
+        self._suspects_ns = math.inf
+        """When the first run began of those that ended since the last scan within the quota."""
         self._scanned = float("-inf")
         self._cost = 0.0
         self._kept = time.monotonic()
@@ -120,6 +123,7 @@ class Quota:
         finally:
             with self._changed:
                 self._running.discard(lease)
+                self._suspects_ns = min(self._suspects_ns, lease.started_ns)
                 self._changed.notify_all()
                 # Whoever is told of the removal may rely on it.
                 self._changed.wait_for(lambda: not self._cutting, _KILL_SECONDS)
@@ -191,7 +195,7 @@ class Quota:
             free = _free(settings.sandbox)
         except OSError:
             return False
-        usage, before = self._usage, self._free
+        usage, before = self._base, self._free
         return (
             usage.bytes + before.bytes - free.bytes > settings.quota_bytes
             or usage.files + before.files - free.files > settings.quota_files
@@ -244,8 +248,10 @@ class Quota:
             try:
                 # Without a run there is nobody to blame: an operator may have copied files there,
                 # or lowered the quota. Then it is only full.
-                if cut:
-                    removed = self._prune(min(lease.started_ns for lease in cut))
+                since_ns = min([self._suspects_ns, *(lease.started_ns for lease in cut)])
+                if since_ns < math.inf:
+                    removed = self._prune(int(since_ns))
+                    self._suspects_ns = math.inf
                     log("warning", "quota_exceeded", runs=len(cut), removed=removed)
             finally:
                 with self._changed:
@@ -258,9 +264,14 @@ class Quota:
         def is_surplus(name: str, state: os.stat_result) -> bool:
             if state.st_ctime_ns < since_ns:
                 return False
-            if self._uploads and name.startswith(paths.TEMPORARY_PREFIX):
+            inode = state.st_dev, state.st_ino
+            under_way = {upload.inode for upload in tuple(self._uploads)}
+            # None: one that is just being made. By its name alone a run's would be taken for one.
+            if inode in under_way or (
+                None in under_way and name.startswith(paths.TEMPORARY_PREFIX)
+            ):
                 return False
-            size, _ = self._uploaded.get((state.st_dev, state.st_ino), (-1, 0))
+            size, _ = self._uploaded.get(inode, (-1, 0))
             return size != state.st_size
 
         removed = 0
@@ -278,23 +289,33 @@ class Quota:
         settings = self._settings()
         started = time.monotonic()
         with self._changed:
+            # Who ends from now on may have written where the scan has been already.
+            suspects_ns, self._suspects_ns = self._suspects_ns, math.inf
+            going = bool(self._running)
             oldest_ns = min([_now_ns(), *(lease.started_ns for lease in self._running)])
             self._dirty = bool(self._running or self._uploads)
         is_suspicious = self._is_suspicious()
         free = _free(settings.sandbox)
         usage, complete = _measure(settings)
-        within = usage.bytes <= settings.quota_bytes and usage.files <= settings.quota_files
+        # Who fills it up to the last byte breaks it: there is no room for anybody else.
+        within = usage.bytes < settings.quota_bytes and usage.files < settings.quota_files
         if within and is_suspicious:
             # What was unlinked while it is open takes room, but is nowhere in the tree. A tree that
             # is moved about so that it cannot be seen gets no benefit of the doubt.
-            hidden = _unlinked(os.stat(settings.sandbox).st_dev)
-            within = complete and usage.bytes + hidden <= settings.quota_bytes
+            hidden = _hidden(os.stat(settings.sandbox).st_dev)
+            within = complete and usage.bytes + hidden < settings.quota_bytes
         self._scanned = time.monotonic()
         self._cost = self._scanned - started
         if complete or not within:
-            self._usage, self._free = usage, free
+            self._usage = usage
+            # While a run is going it may hold what is in no directory. A loss that is not looked
+            # into must not be forgotten.
+            if is_suspicious or not going:
+                self._base, self._free = usage, free
         with self._changed:
             self._dirty |= within and not complete
+            if not within:
+                self._suspects_ns = min(self._suspects_ns, suspects_ns)
             for key in [k for k, (_, at_ns) in self._uploaded.items() if at_ns < oldest_ns]:
                 del self._uploaded[key]
         return within
@@ -307,6 +328,8 @@ class Upload:
     quota: Quota
     files: int
     size: int = 0
+    inode: tuple[int, int] | None = None
+    """Its file's, with the device in front, once there is one."""
     state: os.stat_result | None = None
     """Its file's, once that is complete."""
 
@@ -316,6 +339,10 @@ class Upload:
         for piece in content:
             self.quota.reserve(self, len(piece))
             yield piece
+
+    def begun(self, state: os.stat_result) -> None:
+        """Its file is there, and empty."""
+        self.inode = state.st_dev, state.st_ino
 
     def stored(self, state: os.stat_result) -> None:
         """Its file is complete, and just about to be in its place."""
@@ -357,19 +384,52 @@ def _measure(settings: Settings) -> tuple[_Usage, bool]:
     return _Usage(size, files), complete
 
 
-def _unlinked(device: int) -> int:
-    """Bytes of files on `device` without a name that processes of this user hold open."""
+def _hidden(device: int) -> float:
+    """Bytes of files on `device` without a name that runs hold.
+
+    Infinite if one of their processes holds what can't be measured: it keeps others from looking at
+    it, has descriptors under way in a socket, or has mapped such a file and closed it.
+    """
     found: dict[int, int] = {}
+    place = f"{os.major(device):02x}:{os.minor(device):02x}"
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.stat(f"/proc/{pid}").st_uid != os.getuid():
+        with suppress(ProcessLookupError, FileNotFoundError):
+            if not _is_of_a_run(pid):
                 continue
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                with suppress(OSError):
-                    state = os.stat(f"/proc/{pid}/fd/{descriptor}")
-                    if state.st_dev == device and state.st_nlink == 0:
-                        found[state.st_ino] = max(state.st_blocks * 512, state.st_size)
+            try:
+                for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                    with suppress(ProcessLookupError, FileNotFoundError):
+                        state = os.stat(f"/proc/{pid}/fd/{descriptor}")
+                        if state.st_dev == device and state.st_nlink == 0:
+                            found[state.st_ino] = max(state.st_blocks * 512, state.st_size)
+                        if stat.S_ISSOCK(state.st_mode) and _holds_descriptors(pid, descriptor):
+                            return math.inf
+                with open(f"/proc/{pid}/maps") as file:
+                    maps = [line.split(None, 5) for line in file if line.endswith("(deleted)\n")]
+            except PermissionError:
+                return math.inf
+            if any(fields[3] == place and int(fields[4]) not in found for fields in maps):
+                return math.inf
     return sum(found.values())
+
+
+def _is_of_a_run(pid: str) -> bool:
+    """Whether a process is one that a run has: this user's, with no privilege, and no init."""
+    with open(f"/proc/{pid}/status") as file:
+        told = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    numbers = told["NSpid"].split()
+    return (
+        told["Uid"].split()[0] == str(os.getuid())
+        and told["CapBnd"].strip("0") == ""
+        and len(numbers) > 1
+        and numbers[-1] != "1"
+    )
+
+
+def _holds_descriptors(pid: str, descriptor: str) -> bool:
+    """Whether some were sent to this socket that nobody has received. Linux 5.6 and later tell."""
+    with open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
+        return any(line.startswith("scm_fds:") and line.split()[1] != "0" for line in file)
 
 
 def _remove(sandbox: str, is_surplus: Callable[[str, os.stat_result], bool]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -178,6 +178,60 @@ def test_what_counts_for_all_of_a_user_is_limited_for_a_run(nox: Service) -> Non
     assert told[0] == "4096 819200 1024"
     if nox.detail()["runner"]["backend"] == "zygote":
         assert told[1] == "64"
+
+
+def test_the_sandbox_directory_is_given_back(nox: Service) -> None:
+    for closed in ("0", "0o500", "0o055"):
+        assert nox.python(f"import os; os.chmod('.', {closed})")["status"] == "ok"
+        assert nox.put("after", b"x").status_code == 201
+        assert nox.python("print(open('after').read())")["stdout"] == "x\n"
+        with nox.client() as client:
+            assert client.get("/files").status_code == 200
+            assert client.delete("/files/after").status_code == 204
+
+
+def test_nothing_is_imported_in_place_of_what_the_host_lacks(nox: Service) -> None:
+    planted = (
+        "import os\nos.makedirs('org/python')\nevil = 'print(\"planted\")'\n"
+        "for name in ('org/__init__', 'org/python/__init__', 'org/python/core', '_winapi', 'nt',"
+        " 'msvcrt', 'winreg', 'java', 'mine'):\n"
+        "    with open(name + '.py', 'w') as file: file.write(evil)"
+    )
+    assert nox.python(planted)["status"] == "ok"
+    code = (
+        "import pickle, zipfile, multiprocessing, subprocess, platform, mimetypes, ntpath\n"
+        "platform.java_ver(); mimetypes.init()\n"
+        "for name in ('nt', '_winapi'):\n"
+        "    try: __import__(name)\n    except ModuleNotFoundError: print('none')\n"
+        "import mine"
+    )
+    try:
+        assert nox.python(code)["stdout"] == "none\nnone\nplanted\n"
+    finally:
+        nox.shell("rm -rf *")
+
+
+@pytest.mark.parametrize("backend", ["zygote", "bubblewrap", "auto"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        "import os; os.mkdir('nox-proof-2'); os.mkdir('nox-proof-3')",
+        "import os; os.mkfifo('nox-proof-2'); os.mkfifo('nox-proof')",
+        "import os; os.chmod('.', 0)",
+    ],
+)
+def test_no_run_can_spoil_the_next_self_test(
+    own: Callable[..., Service], backend: str, prepare: str
+) -> None:
+    nox = own(NOX_BACKEND=backend).start()
+    assert nox.python(prepare)["status"] == "ok"
+    assert nox.runner is not None
+    nox.runner.terminate()
+    nox.runner.wait(30)
+    nox.start_runner()
+    assert nox.python("print(1)")["stdout"] == "1\n"
+    assert nox.detail()["runner"]["backend"] == backend.replace("auto", "zygote")
+    assert "sandbox" not in nox.detail()["limits"]["not_enforced"]
 
 
 def test_setuid_programs_gain_nothing(nox: Service) -> None:

@@ -27,6 +27,7 @@ def make(sandbox: Path, **values: int) -> Quota:
 @pytest.fixture
 def connection() -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair()
+    ours.settimeout(20)
     with ours, theirs:
         yield ours
 
@@ -179,7 +180,26 @@ def test_an_upload_that_took_long_to_be_in_its_place_stays(
     assert os.listdir(tmp_path) == ["put"]
 
 
-def test_what_is_unlinked_but_open_counts(tmp_path: Path, connection: socket.socket) -> None:
+def test_a_runs_file_is_not_an_uploads_by_its_name(
+    tmp_path: Path, connection: socket.socket
+) -> None:
+    quota = make(tmp_path, quota_files=100)
+    quota.start()
+    with quota.upload("put") as upload:
+        (tmp_path / ".nox-put-real").write_text("half")
+        upload.begun((tmp_path / ".nox-put-real").stat())
+        with quota.run(connection):
+            for number in range(150):
+                (tmp_path / f".nox-put-{number}").touch()
+            assert wait_for(lambda: not connection.recv(1), "the cut")
+        wait_for(lambda: not quota._cutting, "the end of the pruning")
+        assert os.listdir(tmp_path) == [".nox-put-real"]
+
+
+def test_what_is_unlinked_but_open_counts(
+    tmp_path: Path, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nox_runner.quota._is_of_a_run", lambda pid: pid == str(os.getpid()))
     quota = make(tmp_path, quota_bytes=4 * MIB)
     quota.start()
     with open(tmp_path / "hidden", "wb", buffering=0) as file:
@@ -250,6 +270,24 @@ def test_put_is_refused_before_the_quota_breaks(own: Callable[..., Service]) -> 
         "i = 0\nwhile True:\n    open(f'f{i}', 'w').close()\n    i += 1",
         # Many files below the limit of each.
         "i = 0\nwhile True:\n    open(f'b{i}', 'wb').write(b'x' * 1000000)\n    i += 1",
+        # Up to the last byte, without a block of the disk, and gone before anybody looks.
+        "import os, time\nfor i in range(50): open(b'\\xff%d' % i, 'wb').truncate(1 << 20)\n"
+        "time.sleep(5)",
+        # Files without a name, in a process that nobody may look into.
+        "import ctypes, os, tempfile\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\nkeep = []\n"
+        "while True:\n    keep.append(tempfile.TemporaryFile(dir='.', buffering=0))\n"
+        "    keep[-1].write(os.urandom(1000000))",
+        # The same, on their way through a socket.
+        "import array, os, socket, tempfile\nnear, far = socket.socketpair()\nwhile True:\n"
+        "    with tempfile.TemporaryFile(dir='.', buffering=0) as file:\n"
+        "        file.write(os.urandom(10000000))\n"
+        "        rights = array.array('i', [file.fileno()])\n"
+        "        near.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])",
+        # The same, mapped.
+        "import ctypes, os, tempfile\nmap = ctypes.CDLL(None).mmap\nwhile True:\n"
+        "    with tempfile.TemporaryFile(dir='.', buffering=0) as file:\n"
+        "        file.write(os.urandom(10000000))\n"
+        "        assert map(None, 4096, 1, 1, file.fileno(), 0) != -1",
         # Files that have no name any more.
         "import os, tempfile\nkeep = []\nwhile True:\n"
         "    keep.append(tempfile.TemporaryFile(dir='.', buffering=0))\n"
@@ -265,3 +303,17 @@ def test_a_run_is_killed_before_the_disk_is_hurt(own: Callable[..., Service], co
     started = time.monotonic()
     assert nox.python("print(6*7)")["stdout"] == "42\n"
     assert time.monotonic() - started < 10
+
+
+def test_a_run_that_has_ended_is_to_blame_as_well(own: Callable[..., Service]) -> None:
+    nox = own(NOX_QUOTA_BYTES="50M", NOX_QUOTA_FILES=2000).start()
+    nox.put("kept", b"mine")
+    for fill in (
+        "for i in range(51): open(b'\\xff%d' % i, 'wb').truncate(1 << 20)",
+        "import os\nopen('a', 'w').close()\nfor i in range(1998): os.link('a', f'a{i}')",
+    ):
+        assert nox.python(fill)["status"] == "ok"
+        wait_for(lambda: os.listdir(nox.sandbox) == ["kept"], "the removal")
+        assert nox.python("open('x', 'w').write('room'); print(1)")["stdout"] == "1\n"
+        (nox.sandbox / "x").unlink()
+    assert nox.put("more", b"x" * MIB).status_code == 201

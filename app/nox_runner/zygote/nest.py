@@ -24,6 +24,7 @@ import socket
 import sys
 from typing import Any
 
+from nox_runner.absent import absent
 from nox_runner.zygote import child, kernel
 
 READY = b"R"
@@ -56,6 +57,7 @@ def main(control: socket.socket, hooks: kernel.ForkHooks) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         skipped = _import(config["preimport"])
+        sys.modules.update(dict.fromkeys(absent()))  # type: ignore[arg-type]
         hooks.close()
         config["handlers"] = _take_handlers()
         _build(config)
