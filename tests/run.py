@@ -382,7 +382,7 @@ STEPS = (
     Step("history", "history: told, kept, bounded", on_lab_hosts("tests.history")),
     Step("troubleshooting", "troubleshooting pages: each symptom, each advice", on_lab_hosts("tests.troubleshooting")),
     Step("container", "container deployment", containers()),
-    Step("hostile", "46 hostile cases, both backends", hostile("nspawn")),
+    Step("hostile", "52 hostile cases, both backends", hostile("nspawn")),
     # Real control groups are User-mode Linux's alone; with less memory than its host has.
     Step("hostile", "hostile: control groups", hostile("uml", "--memory", "128M", "2", "3", "4", "11", "12")),
     # On a host of its own: with half of its slow core the others don't end in their time.

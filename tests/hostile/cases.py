@@ -765,3 +765,117 @@ except ChildProcessError: pass
     result = target.python(code, timeout=15)
     need(result["status"] == "ok" and result["cpu_ms"] < 1.3 * cores * result["duration_ms"], result)
     return f"{result['cpu_ms']} ms of CPU in {result['duration_ms']} ms, {held}"
+
+
+@case(47, "memory that other runs have, too, written to", "none is mapped")
+def _(target: Target) -> str:
+    code = """
+shared = [line for line in open("/proc/self/maps") if {"w", "s"} <= set(line.split()[1])]
+print(len(shared), *shared)
+"""
+    output = in_sandbox(target, code)
+    need(output == "0", output)
+    return "none"
+
+
+@case(48, "children with the runner as their parent (CLONE_PARENT)", "denied, ends on time")
+def _(target: Target) -> str:
+    code = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+number = 220 if os.uname().machine == "aarch64" else 56
+made = [libc.syscall(number, 0x8000 | 17, 0, 0, 0, 0) for _ in range(50)]
+if 0 in made: os._exit(0)
+print(set(made), ctypes.get_errno(), flush=True)
+while True: pass
+"""
+    result = target.python(code, timeout=1)
+    ended(result, "timeout")
+    need(result["stdout"] == "{-1} 1\n" and result["duration_ms"] < 5000, said(result))
+    return told(result)
+
+
+@case(49, "descriptors under way in sockets until the kernel allows no more", "own run only")
+def _(target: Target) -> str:
+    attack = beside(
+        target,
+        """
+import array, socket
+held = []
+try:
+    while len(held) < 5000:
+        held.append(socket.socketpair())
+        held[-1][0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 250))])
+except OSError as error: print(error.errno, flush=True)
+""",
+    )
+    for _ in range(20):
+        need(in_sandbox(target, "print(1)") == "1", "another run is disturbed")
+    result = attack()
+    ended(result, "ok")
+    return f"{told(result)}, errno {result['stdout'].splitlines()[0]}; 20 others undisturbed"
+
+
+@case(50, "chmod 0 on the sandbox directory, names that the self-test may want", "others go on")
+def _(target: Target) -> str:
+    code = """
+import os
+for number in range(200):
+    try: os.mkdir(f"nox-proof-{number}")
+    except FileExistsError: pass
+os.chmod(".", 0)
+"""
+    result = target.python(code)
+    try:
+        need(target.put(f"{PREFIX}after", b"x", overwrite=True).status in (200, 201), "an upload is refused")
+        need(target.request("GET", "/files").status == 200, "a listing is refused")
+        need(in_sandbox(target, f"print(open('{PREFIX}after').read())") == "x", "a run can't read")
+        need(target.health()["status"] == "ok", "not healthy")
+    finally:
+        target.shell(f"rm -rf nox-proof-* {PREFIX}after")
+    return f"{told(result)}; upload, listing and run go on"
+
+
+@case(51, "sparse files and hard links that use up the quota, by runs that end at once", "room again")
+def _(target: Target) -> str:
+    quota = target.health()["sandbox"]
+    sparse = f"""
+import resource
+size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+for i in range({quota["quota_bytes"]} // size + 1): open(b"{PREFIX}\\xff%d" % i, "wb").truncate(size)
+"""
+    links = f"""
+import os
+for i in range({quota["quota_files"]} + 1):
+    if i % 50000 == 0: open(f"{PREFIX}{{i}}", "w").close(); last = i
+    else: os.link(f"{PREFIX}{{last}}", f"{PREFIX}{{i}}")
+"""
+    taken = []
+    for code in (sparse, links):
+        result = target.python(code)
+        need(result["status"] in ("ok", "output_limit"), said(result))
+        time.sleep(3)  # until a scan has seen it
+        started = time.monotonic()
+        while target.post("/run_py", {"code": "print(1)"}).status != 200 or target.health()["sandbox"]["files"] > 1000:
+            need(time.monotonic() < started + 30, f"full for 30 s: {target.health()['sandbox']}")
+            time.sleep(0.2)
+        taken.append(f"{result['status']}: {time.monotonic() - started:.1f} s")
+    need(target.put(f"{PREFIX}room", b"x").status == 201, "an upload is refused")
+    return f"3 s later room after {', '.join(taken)}"
+
+
+@case(52, "modules planted for what Python's own libraries look for", "never imported")
+def _(target: Target) -> str:
+    plant = """
+import os
+os.makedirs("org/python")
+for name in ("org/__init__", "org/python/__init__", "org/python/core", "_winapi", "nt", "msvcrt", "winreg", "java"):
+    with open(name + ".py", "w") as file: file.write("print('planted')")
+"""
+    try:
+        in_sandbox(target, plant)
+        output = in_sandbox(target, "import pickle, zipfile, multiprocessing, subprocess, mimetypes, platform")
+    finally:
+        target.shell("rm -rf org _winapi.py nt.py msvcrt.py winreg.py java.py")
+    need(output == "", output)
+    return "not imported"
