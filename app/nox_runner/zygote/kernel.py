@@ -164,7 +164,7 @@ class Idle:
     One shares this process's memory and descriptors, and goes from the C library's `clone` right
     into its `pause`, so it costs next to nothing. It never comes back from there, and so never
     uses the stack, which they all share: a signal without a handler does nothing to an init. So
-    this process must have handlers for none.
+    this process must have handlers for none. For the process that makes it: no fork has the stack.
     """
 
     def __init__(self) -> None:
