@@ -134,7 +134,10 @@ async def get_file(request: Request, path: str) -> Response:
     summary="Remove a file",
 )
 async def delete_file(request: Request, path: str) -> None:
-    """Remove a file, a link itself, or an empty directory; 409 if that is not empty."""
+    """Remove a file, a link itself, or an empty directory; 409 if that is not empty.
+
+    A name that is not UTF-8 is given as the listing shows it.
+    """
     exact = _exact_path(request)
     _check(exact)
     nox = state.of(request)

@@ -74,7 +74,7 @@ def reading(sandbox: str, path: str) -> Iterator[tuple[int, os.stat_result]]:
         # O_NONBLOCK: a FIFO without a writer would block the open itself for ever.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         with failures(name):
-            descriptor = os.open(name, flags, dir_fd=directory)
+            descriptor = os.open(_entry(directory, name), flags, dir_fd=directory)
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
@@ -98,11 +98,24 @@ def delete(sandbox: str, path: str) -> None:
     """
     *parents, name = _components(path)
     with opened(sandbox, parents) as directory, failures(name):
-        state = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        entry = _entry(directory, name)
+        state = os.stat(entry, dir_fd=directory, follow_symlinks=False)
         if stat.S_ISDIR(state.st_mode):
-            os.rmdir(name, dir_fd=directory)
+            os.rmdir(entry, dir_fd=directory)
         else:
-            os.unlink(name, dir_fd=directory)
+            os.unlink(entry, dir_fd=directory)
+
+
+def _entry(directory: int, name: str) -> str:
+    """What a listing shows as `name`: itself, or else the first whose name is not UTF-8.
+
+    So what is listed can be read, and removed.
+    """
+    if "\ufffd" not in name:
+        return name
+    with os.scandir(directory) as entries:
+        alike = [entry.name for entry in entries if paths.shown(entry.name) == name]
+    return name if name in alike or not alike else alike[0]
 
 
 def _components(path: str) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def take(sandbox: str) -> Listing:
         try:
             for name, state in _entries(sandbox, directory):
                 examined += 1
-                path = _text("/".join((*directory, name)))
+                path = paths.shown("/".join((*directory, name)))
                 size = len(path.encode())
                 if size > paths.MAX_PATH:
                     truncated = True
@@ -106,10 +106,6 @@ def _entries(
                     yield entry.name, entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-
-
-def _text(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _path(file: File) -> str:

@@ -16,6 +16,11 @@ class PathError(ValueError):
     """The path is refused; the message says which rule it breaks."""
 
 
+def shown(name: str) -> str:
+    """A name of a file as clients are told it: what is not UTF-8 becomes replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def components(path: str) -> tuple[str, ...]:
     """Split `path` into its components; PathError unless each rule holds."""
     try:

@@ -184,3 +184,19 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     assert listing.remove_leftovers(str(tmp_path)) == 2
     assert os.listdir(tmp_path / "d") == ["kept"]
     assert listing.remove_leftovers(str(tmp_path / "absent")) == 0
+
+
+def test_what_is_listed_can_be_read_and_removed(tmp_path: Path) -> None:
+    for name in (b"\xff0", b"\xfe0", "\ufffd0".encode()):
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    shown = "\ufffd0"
+    assert [file.path for file in listing.take(str(tmp_path)).files] == [shown] * 3
+    with files.reading(str(tmp_path), shown) as (descriptor, _):
+        assert os.read(descriptor, 10) == shown.encode()
+    for left in (2, 1, 0):
+        files.delete(str(tmp_path), shown)
+        assert len(os.listdir(tmp_path)) == left
+        if left == 2:
+            assert shown not in os.listdir(tmp_path)
+    with pytest.raises(Failure, match="does not exist"):
+        files.delete(str(tmp_path), shown)
