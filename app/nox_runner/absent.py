@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_OTHER_SYSTEMS = ("java", "org")
-"""What pickle, platform and xml ask for on Jython."""
+_OTHERS = ("java", "org", "tzdata")
+"""What pickle, platform and xml ask for on Jython, and zoneinfo where a zone is unknown."""
 
 
 def absent() -> list[str]:
@@ -15,5 +15,5 @@ def absent() -> list[str]:
     To say `import pickle` is to look for `org`, and a module of that name that a run has left there
     would run in every later run that says it.
     """
-    names = {*sys.stdlib_module_names, *_OTHER_SYSTEMS} - set(sys.modules)
+    names = {*sys.stdlib_module_names, *_OTHERS} - set(sys.modules)
     return sorted(name for name in names if importlib.util.find_spec(name) is None)

@@ -42,6 +42,7 @@ def _start() -> None:
             sys.stdout.flush()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
+            sys.exit(128 + signal.SIGINT)  # it is blocked
         sys.exit(1)
 
 

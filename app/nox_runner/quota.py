@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from nox_runner import paths, tree
+from nox_runner import directories, paths, tree
 from nox_runner.log import log
 from nox_runner.protocol import Failure, SandboxUsage
 from nox_runner.settings import Settings
@@ -35,6 +35,8 @@ _KILL_SECONDS = 15.0
 _CLOCK_SLACK_NS = 20_000_000  # the kernel stamps files by a clock that lags by up to 10 ms
 _HOUSEKEEPING_SECONDS = 3600.0
 _PRUNINGS = 20
+_LOOK_SECONDS = 0.2
+"""For what runs' processes hold; it stops a run that makes that long."""
 
 
 class _EnoughError(Exception):
@@ -214,8 +216,8 @@ class Quota:
                 if time.monotonic() - self._kept >= _HOUSEKEEPING_SECONDS:
                     self._kept = time.monotonic()
                     self.housekeep()
-            except OSError as error:  # such as a sandbox that was taken away
-                log("error", "quota_unknown", reason=str(error))
+            except Exception as error:  # such as a sandbox that was taken away; the watch goes on
+                log("error", "quota_unknown", reason=repr(error))
                 time.sleep(_SCAN_SECONDS)
 
     def housekeep(self) -> int:
@@ -237,7 +239,7 @@ class Quota:
     def _check(self, ended: Lease | None = None) -> None:
         """Scan, and enforce. `ended` is a run that ended just now and is to be told as well."""
         with self._scanning, suppress(FileNotFoundError):
-            if self._scan():
+            if self._is_within():
                 return
             with self._changed:
                 self._cutting = True
@@ -274,6 +276,7 @@ class Quota:
             size, _ = self._uploaded.get(inode, (-1, 0))
             return size != state.st_size
 
+        directories.give_back(self._settings().sandbox)
         removed = 0
         for _ in range(_PRUNINGS):
             # A directory that shrinks while it is read may not show all of its entries.
@@ -283,6 +286,20 @@ class Quota:
             removed += now
         self._scan()
         return removed
+
+    def _is_within(self) -> bool:
+        """A scan. Who goes on while it can't be made may be the cause, so that is not within."""
+        suspects_ns, sandbox = self._suspects_ns, self._settings().sandbox
+        directories.give_back(sandbox)
+        try:
+            return self._scan()
+        except PermissionError as error:
+            with self._changed:
+                self._suspects_ns = min(self._suspects_ns, suspects_ns)
+                if not self._running or os.stat(sandbox).st_uid != os.getuid():
+                    raise
+            log("warning", "quota_unknown", reason=repr(error))
+            return False
 
     def _scan(self) -> bool:
         """Find what the sandbox holds; whether that is within the quota."""
@@ -302,10 +319,16 @@ class Quota:
         if within and is_suspicious:
             # What was unlinked while it is open takes room, but is nowhere in the tree. A tree that
             # is moved about so that it cannot be seen gets no benefit of the doubt.
-            hidden = _hidden(os.stat(settings.sandbox).st_dev)
-            within = complete and usage.bytes + hidden < settings.quota_bytes
+            self._cost = time.monotonic() - started
+            size, files = _hidden(os.stat(settings.sandbox).st_dev)
+            within = (
+                complete
+                and usage.bytes + size < settings.quota_bytes
+                and usage.files + files < settings.quota_files
+            )
+        else:
+            self._cost = time.monotonic() - started
         self._scanned = time.monotonic()
-        self._cost = self._scanned - started
         if complete or not within:
             self._usage = usage
             # While a run is going it may hold what is in no directory. A loss that is not looked
@@ -384,52 +407,68 @@ def _measure(settings: Settings) -> tuple[_Usage, bool]:
     return _Usage(size, files), complete
 
 
-def _hidden(device: int) -> float:
-    """Bytes of files on `device` without a name that runs hold.
+def _hidden(device: int) -> tuple[float, float]:
+    """Bytes and number of files on `device` without a name that runs hold.
 
     Infinite if one of their processes holds what can't be measured: it keeps others from looking at
-    it, has descriptors under way in a socket, or has mapped such a file and closed it.
+    it, has descriptors under way in a socket, has mapped such a file and closed it, or has so much
+    that it takes too long.
     """
     found: dict[int, int] = {}
-    place = f"{os.major(device):02x}:{os.minor(device):02x}"
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    end = time.monotonic() + _LOOK_SECONDS
+    try:
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(ProcessLookupError, FileNotFoundError):
+                if _is_of_a_run(pid) and not _look_into(pid, device, found, end):
+                    return math.inf, math.inf
+    except (PermissionError, ValueError, LookupError):
+        return math.inf, math.inf
+    return sum(found.values()), len(found)
+
+
+def _look_into(pid: str, device: int, found: dict[int, int], end: float) -> bool:
+    """Add to `found`, by inode, the bytes of what a process holds; False if that can't be told."""
+    for thread in os.listdir(f"/proc/{pid}/task"):  # one may have descriptors of its own
+        place = f"/proc/{pid}/task/{thread}"
         with suppress(ProcessLookupError, FileNotFoundError):
-            if not _is_of_a_run(pid):
-                continue
-            try:
-                for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                    with suppress(ProcessLookupError, FileNotFoundError):
-                        state = os.stat(f"/proc/{pid}/fd/{descriptor}")
-                        if state.st_dev == device and state.st_nlink == 0:
-                            found[state.st_ino] = max(state.st_blocks * 512, state.st_size)
-                        if stat.S_ISSOCK(state.st_mode) and _holds_descriptors(pid, descriptor):
-                            return math.inf
-                with open(f"/proc/{pid}/maps") as file:
-                    maps = [line.split(None, 5) for line in file if line.endswith("(deleted)\n")]
-            except PermissionError:
-                return math.inf
-            if any(fields[3] == place and int(fields[4]) not in found for fields in maps):
-                return math.inf
-    return sum(found.values())
+            for descriptor in os.listdir(f"{place}/fd"):
+                if time.monotonic() > end:
+                    return False
+                with suppress(ProcessLookupError, FileNotFoundError):
+                    state = os.stat(f"{place}/fd/{descriptor}")
+                    if state.st_dev == device and state.st_nlink == 0:
+                        found[state.st_ino] = max(state.st_blocks * 512, state.st_size)
+                    if stat.S_ISSOCK(state.st_mode) and _has_some_under_way(place, descriptor):
+                        return False
+    where = b"%02x:%02x" % (os.major(device), os.minor(device))
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        for line in file:
+            if time.monotonic() > end:
+                return False
+            if line.endswith(b"(deleted)\n"):
+                fields = line.split(None, 5)
+                if fields[3] == where and int(fields[4]) not in found:
+                    return False
+    return True
 
 
 def _is_of_a_run(pid: str) -> bool:
     """Whether a process is one that a run has: this user's, with no privilege, and no init."""
-    with open(f"/proc/{pid}/status") as file:
-        told = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-    numbers = told["NSpid"].split()
+    with open(f"/proc/{pid}/status", "rb") as file:
+        told = dict(line.split(b":", 1) for line in file if b":" in line)
+    numbers = told[b"NSpid"].split()
     return (
-        told["Uid"].split()[0] == str(os.getuid())
-        and told["CapBnd"].strip("0") == ""
+        int(told[b"Uid"].split()[0]) == os.getuid()
+        and int(told[b"CapBnd"], 16) == 0
         and len(numbers) > 1
-        and numbers[-1] != "1"
+        and numbers[-1] != b"1"
     )
 
 
-def _holds_descriptors(pid: str, descriptor: str) -> bool:
-    """Whether some were sent to this socket that nobody has received. Linux 5.6 and later tell."""
-    with open(f"/proc/{pid}/fdinfo/{descriptor}") as file:
-        return any(line.startswith("scm_fds:") and line.split()[1] != "0" for line in file)
+def _has_some_under_way(place: str, descriptor: str) -> bool:
+    """Whether a socket was sent descriptors that nobody has received: Linux 5.6 and later tell."""
+    with open(f"{place}/fdinfo/{descriptor}", "rb") as file:
+        return any(line.startswith(b"scm_fds:") and line.split()[1] != b"0" for line in file)
 
 
 def _remove(sandbox: str, is_surplus: Callable[[str, os.stat_result], bool]) -> int:
@@ -440,14 +479,14 @@ def _remove(sandbox: str, is_surplus: Callable[[str, os.stat_result], bool]) -> 
         nonlocal removed
         if not stat.S_ISDIR(state.st_mode) and is_surplus(name, state):
             with suppress(OSError):
-                os.unlink(name, dir_fd=directory)
+                tree.insist(directory, lambda: os.unlink(name, dir_fd=directory))
                 removed += 1
 
     def on_leave(directory: int, name: str, state: os.stat_result) -> None:
         nonlocal removed
         if is_surplus(name, state):
             with suppress(OSError):
-                os.rmdir(name, dir_fd=directory)
+                tree.insist(directory, lambda: os.rmdir(name, dir_fd=directory))
                 removed += 1
 
     tree.walk(sandbox, on_entry, on_leave)

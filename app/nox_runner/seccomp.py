@@ -21,31 +21,31 @@ _NAMES = """
     creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2
     epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2
     fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr
-    flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex futex_requeue
-    futex_wait futex_waitv futex_wake futimesat get_mempolicy get_robust_list get_thread_area getcpu
-    getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid
-    getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
-    getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
-    inotify_init1 inotify_rm_watch ioctl ioprio_get kill landlock_add_rule landlock_create_ruleset
-    landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr
-    lseek lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir
-    mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open
-    mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock
-    munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open pidfd_send_signal
-    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2
-    process_mrelease pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv
-    recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2 restart_syscall
-    riscv_flush_icache rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo
-    rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max
-    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler
-    sched_rr_get_interval sched_yield seccomp select semctl semget semop semtimedop sendfile
-    sendmmsg sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid
-    setfsuid setgid setgroups setitimer setpgid setregid setresgid setresuid setreuid setrlimit
-    setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd
-    signalfd4 splice stat statfs statx symlink symlinkat sync_file_range syncfs sysinfo tee tgkill
-    time timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create
-    timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat
-    utimes vfork vmsplice wait4 waitid write writev
+    flistxattr flock fork fstat fstatfs fsync ftruncate futex futex_requeue futex_wait futex_waitv
+    futex_wake futimesat get_mempolicy get_robust_list get_thread_area getcpu getcwd getdents
+    getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid
+    getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt
+    gettid gettimeofday getuid getxattr inotify_add_watch inotify_init inotify_init1
+    inotify_rm_watch ioctl ioprio_get kill landlock_add_rule landlock_create_ruleset
+    landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lseek lstat
+    madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir mkdirat mknod mknodat mlock
+    mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend
+    mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep
+    newfstatat open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc
+    pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 process_mrelease pselect6
+    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg
+    remap_file_pages rename renameat renameat2 restart_syscall riscv_flush_icache rmdir rseq
+    rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
+    rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
+    sched_yield seccomp select semctl semget semop semtimedop sendfile sendmmsg sendmsg sendto
+    set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid setfsuid setgid setgroups
+    setitimer setpgid setregid setresgid setresuid setreuid setrlimit setsid setsockopt setuid shmat
+    shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink
+    symlinkat sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete
+    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
+    times tkill truncate umask uname unlink unlinkat utime utimensat utimes vfork vmsplice wait4
+    waitid write writev
 """
 
 # What it takes beside them to make a sandbox, so the zygote may do it: `clone` with any flags.
@@ -71,6 +71,9 @@ _YOUNG = {
 # What libraries try and do without when told that the kernel does not have it. The flags of
 # clone3 are in memory, where no filter sees them; the C library then takes clone.
 _ABSENT = (435, *range(463, 512))
+# Programs that copy attributes go on without them. A run could else have all files in the shared
+# directory made without any rights (a default ACL); names of attributes no filter can see.
+_UNSUPPORTED = "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
 
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and CLONE_PARENT, since the
 # parent of a run's first process is the runner, which knows nothing of other children.
@@ -173,6 +176,9 @@ def _compile(names: str, conditional: dict[str, tuple[tuple[_Compare, ...], ...]
                 _add(library, context, _ALLOW, number, comparisons)
         for number in _ABSENT:
             _add(library, context, _error(errno.ENOSYS), number, ())
+        for name in _UNSUPPORTED.split():
+            number = library.seccomp_syscall_resolve_name(name.encode())
+            _add(library, context, _error(errno.EOPNOTSUPP), number, ())
         return _export(library, context)
 
 

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from nox_runner.directories import DIRECTORY
 
@@ -18,6 +19,8 @@ OnEntry = Callable[[int, str, os.stat_result], None]
 """Told the directory's descriptor, a name in it, and its state; before that is entered."""
 OnLeave = Callable[[int, str, os.stat_result], None]
 """Told the same of a directory after all that is in it."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -30,7 +33,8 @@ class _Level:
 def walk(sandbox: str, on_entry: OnEntry, on_leave: OnLeave | None = None) -> bool:
     """Visit everything in `sandbox`; OSError if that itself cannot be opened.
 
-    False if some was missed: a run that moves a directory away while this is in it ends the walk.
+    False if some was missed: a directory was gone when its turn came, or moved away while this was
+    in it, which ends the walk.
     What is not the runner's own (other file systems, directories it has no right to) is left out.
     """
     complete = True
@@ -43,7 +47,11 @@ def walk(sandbox: str, on_entry: OnEntry, on_leave: OnLeave | None = None) -> bo
             level = levels[-1]
             if level.pending:
                 name = level.pending.pop()
-                entered = _enter(current, name, device)
+                try:
+                    entered = _enter(current, name, device)
+                except (FileNotFoundError, NotADirectoryError):
+                    complete = False
+                    continue
                 if entered is None:
                     continue
                 os.close(current)
@@ -66,36 +74,59 @@ def walk(sandbox: str, on_entry: OnEntry, on_leave: OnLeave | None = None) -> bo
 
 
 def _read(directory: int, level: _Level, on_entry: OnEntry) -> bool:
+    complete = True
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
                 try:
                     state = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
+                    complete &= not entry.is_dir(follow_symlinks=False)
                     continue
                 on_entry(directory, entry.name, state)
                 if stat.S_ISDIR(state.st_mode):
                     level.pending.append(entry.name)
     except OSError:
         return False
-    return True
+    return complete
 
 
 def _enter(directory: int, name: str, device: int) -> int | None:
-    """A descriptor of the directory `name`; None if it is gone, or not the runner's own."""
+    """A descriptor of the directory `name`; None if it is not the runner's own.
+
+    FileNotFoundError or NotADirectoryError if it is gone.
+    """
     try:
-        entered = os.open(name, DIRECTORY, dir_fd=directory)
-    except PermissionError:
-        with suppress(OSError):
-            _open_up(directory, name)
-            return os.open(name, DIRECTORY, dir_fd=directory)
-        return None
+        entered = insist(directory, lambda: _opened(directory, name))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError:
         return None
     if os.fstat(entered).st_dev != device:
         os.close(entered)
         return None
     return entered
+
+
+def insist(directory: int, action: Callable[[], T]) -> T:
+    """What `action` gives, which needs the owner's rights in `directory`; those are given back if
+    a run has taken them away.
+    """
+    try:
+        return action()
+    except PermissionError:
+        with suppress(OSError):
+            mode = stat.S_IMODE(os.fstat(directory).st_mode)
+            os.fchmod(directory, mode | stat.S_IRWXU)
+        return action()
+
+
+def _opened(directory: int, name: str) -> int:
+    try:
+        return os.open(name, DIRECTORY, dir_fd=directory)
+    except PermissionError:
+        _open_up(directory, name)
+        return os.open(name, DIRECTORY, dir_fd=directory)
 
 
 def _open_up(directory: int, name: str) -> None:

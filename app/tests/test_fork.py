@@ -80,6 +80,7 @@ def test_signals_reach_a_program_that_was_forked_so(own: Callable[..., Service])
     code = (
         "import os, signal, threading, _thread\n"
         "assert os.getpid() == 2 == threading.get_native_id(), threading.get_native_id()\n"
+        "assert threading.main_thread().native_id == 2\n"
         "lock = threading.RLock(); lock.acquire(); lock.release()\n"
         "signal.raise_signal(signal.SIGTERM)"
     )

@@ -190,17 +190,33 @@ def test_the_sandbox_directory_is_given_back(nox: Service) -> None:
             assert client.delete("/files/after").status_code == 204
 
 
+def test_the_directory_keeps_its_own_rights_for_new_files(nox: Service) -> None:
+    code = (
+        "import os, struct\n"
+        "def entry(tag): return struct.pack('<HHI', tag, 0, 0xffffffff)\n"
+        "acl = struct.pack('<I', 2) + entry(1) + entry(4) + entry(32)\n"
+        "for name in ('system.posix_acl_default', 'user.x'):\n"
+        "    try: os.setxattr('.', name, acl)\n"
+        "    except OSError as error: print(error.errno)\n"
+        "import shutil\nopen('a', 'w').close()\nshutil.copy2('a', 'b'); print(os.path.exists('b'))"
+    )
+    # EOPNOTSUPP
+    assert nox.python(code)["stdout"] == "95\n95\nTrue\n"
+    nox.shell("rm -f a b")
+
+
 def test_nothing_is_imported_in_place_of_what_the_host_lacks(nox: Service) -> None:
     planted = (
-        "import os\nos.makedirs('org/python')\nevil = 'print(\"planted\")'\n"
+        "import os\nos.makedirs('org/python'); os.mkdir('tzdata')\nevil = 'print(\"planted\")'\n"
         "for name in ('org/__init__', 'org/python/__init__', 'org/python/core', '_winapi', 'nt',"
-        " 'msvcrt', 'winreg', 'java', 'mine'):\n"
+        " 'msvcrt', 'winreg', 'java', 'tzdata/__init__', 'mine'):\n"
         "    with open(name + '.py', 'w') as file: file.write(evil)"
     )
     assert nox.python(planted)["status"] == "ok"
     code = (
         "import pickle, zipfile, multiprocessing, subprocess, platform, mimetypes, ntpath\n"
         "platform.java_ver(); mimetypes.init()\n"
+        "try: __import__('zoneinfo').ZoneInfo('Europe/Nowhere')\nexcept Exception: pass\n"
         "for name in ('nt', '_winapi'):\n"
         "    try: __import__(name)\n    except ModuleNotFoundError: print('none')\n"
         "import mine"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from service import APP, Service, as_user, environment
 
 from nox_runner.zygote import kernel
@@ -53,6 +56,36 @@ def test_an_exit_with_anything_else_in_its_upper_half(nox: Service) -> None:
         text = f"{_MARKED}ctypes.CDLL(None).syscall({kernel._EXIT_GROUP.value}, "
         result = nox.python(f"{text}ctypes.c_ulong({upper} << 32 | 6))\nprint('not reached')")
         assert (result["exit_code"], result["stdout"]) == (6, ""), upper
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
+def test_a_handler_that_would_run_in_the_last_call(nox: Service) -> None:
+    """Of a signal that the C library keeps for itself, and a program may have all the same."""
+    text = f"""
+import ctypes, os, struct, time
+libc = ctypes.CDLL(None)
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def go_on(number):
+    while True: open('beat', 'w').write(str(time.time()))
+address = ctypes.cast(go_on, ctypes.c_void_p).value
+assert libc.syscall(13, 32, struct.pack('QQQQ', address, 0x04000000, 0, 0), 0, 8) == 0
+blocked = struct.pack('Q', ~(1 << 31 | 1 << 32) & (1 << 64) - 1)
+assert libc.syscall(14, 0, blocked, 0, 8) == 0
+timer = ctypes.c_int()
+assert libc.syscall(222, 1, struct.pack('Qii48x', 0, 32, 0), ctypes.byref(timer)) == 0
+assert libc.syscall(223, timer, 0, struct.pack('qqqq', 0, 0, 0, 20_000_000), 0) == 0
+libc.syscall({kernel._EXIT_GROUP.value}, ctypes.c_ulong({kernel.MARK}))
+"""
+    for _ in range(3):
+        told = nox.python(text, timeout=0.7)
+        # Either it has truly ended, before the signal came, or it goes on and is killed.
+        assert told["status"] in ("ok", "timeout"), told
+        if told["status"] == "timeout" or not (nox.sandbox / "beat").exists():
+            continue
+        before = (nox.sandbox / "beat").read_bytes()
+        time.sleep(0.05)
+        assert (nox.sandbox / "beat").read_bytes() == before
+    (nox.sandbox / "beat").unlink(missing_ok=True)
 
 
 def test_another_process_does_not_speak_for_the_program(nox: Service) -> None:

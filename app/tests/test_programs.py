@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from service import Service
 
@@ -92,6 +96,39 @@ def test_ends(
     assert stderr in result["stderr"]
     if (exit_code, signal) != (None, None):
         assert (result["exit_code"], result["signal"]) == (exit_code, signal)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "printed"),
+    [
+        # A finalizer at the end finds all of its module.
+        ("import os\nclass A:\n    def __del__(self): print(os.getpid() > 1)\na = A()", 0, "True"),
+        ("class A:\n    def __del__(self): print('end')\nkeep = [A()]\n"
+         "def f(): return keep\nimport builtins; builtins.held = f", 0, "end"),
+        ("import signal\nf = open('late', 'w'); f.write('x')\n"
+         "signal.signal(signal.SIGTERM, lambda *_: f)\n"
+         "class A:\n    def __del__(self): print('end')\na = A()", 0, "end"),
+        ("import os\nprint(open('late').read() if os.path.exists('late') else 'x')", 0, "x"),
+        ("import sys\nsys.excepthook = 1\nraise ValueError('first')", 1, "first"),
+        ("import sys\ndel sys.excepthook\nraise ValueError('first')", 1, "first"),
+        ("import sys\nsys.exit(2 ** 70)", 255, ""),
+        ("import sys\nsys.exit(-1)", 255, ""),
+        ("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\nraise KeyboardInterrupt",
+         130, "KeyboardInterrupt"),
+        ("import threading\nthreading._register_atexit(print, 'at the end')", 0, "at the end"),
+    ],
+)  # fmt: skip
+def test_ends_as_by_the_interpreter(
+    nox: Service, tmp_path: Path, code: str, exit_code: int, printed: str
+) -> None:
+    result = nox.python(code)
+    # By bubblewrap a code that a shell uses for signals is read as one.
+    assert (result["exit_code"], result["signal"]) in ((exit_code, None), (None, exit_code - 128))
+    assert printed in result["stdout"] + result["stderr"], result
+    own = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert own.returncode in (exit_code, -2) and printed in own.stdout + own.stderr
 
 
 def test_chance_is_each_runs_own(nox: Service) -> None:

@@ -273,6 +273,36 @@ def test_put_is_refused_before_the_quota_breaks(own: Callable[..., Service]) -> 
         # Up to the last byte, without a block of the disk, and gone before anybody looks.
         "import os, time\nfor i in range(50): open(b'\\xff%d' % i, 'wb').truncate(1 << 20)\n"
         "time.sleep(5)",
+        # In directories that nobody may write to any more.
+        "import os, time\nos.makedirs('d/e')\n"
+        "for i in range(60): open(f'd/e/{i}', 'wb').truncate(1 << 20)\n"
+        "for path in ('d/e', 'd', '.'): os.chmod(path, 0o555)\ntime.sleep(5)",
+        # In one that nobody may enter.
+        "import os\nos.mkdir('y')\nd, r = os.open('y', os.O_RDONLY), os.open('.', os.O_RDONLY)\n"
+        "for i in range(60):\n    f = os.open(f'{i}', os.O_RDWR | os.O_CREAT, dir_fd=d)\n"
+        "    os.posix_fallocate(f, 0, 1 << 20); os.close(f); os.fchmod(r, 0)\n"
+        "while True: os.fchmod(r, 0)",
+        # While one is moved about.
+        "import os, threading, time\nos.makedirs('p/d0'); os.mkdir('p/m')\n"
+        "for i in range(1500): open(f'p/m/{i}', 'w').close()\n"
+        "def move():\n    while True:\n        for a, b in ('01', '10'):\n"
+        "            try: os.rename(f'p/d{a}', f'p/d{b}')\n            except OSError: pass\n"
+        "d = os.open('p/d0', os.O_RDONLY)\nthreading.Thread(target=move, daemon=True).start()\n"
+        "for i in range(90):\n    f = os.open(f'{i}', os.O_RDWR | os.O_CREAT, dir_fd=d)\n"
+        "    os.posix_fallocate(f, 0, 1 << 20); os.close(f)\ntime.sleep(15)",
+        # Files without a name, in a process with a name that is no text.
+        "import os, tempfile\nopen('/proc/self/comm', 'wb').write(b'x\\xff')\nkeep = []\n"
+        "while True:\n    keep.append(tempfile.TemporaryFile(dir='.', buffering=0))\n"
+        "    keep[-1].write(os.urandom(1000000))",
+        # In a thread with descriptors of its own.
+        "import ctypes, os, tempfile, threading\nkeep = []\ndef hide():\n"
+        "    ctypes.CDLL(None).close_range(1000, 1000, 2)\n"
+        "    while True:\n        keep.append(tempfile.TemporaryFile(dir='.', buffering=0))\n"
+        "        keep[-1].write(os.urandom(1000000))\n"
+        "thread = threading.Thread(target=hide); thread.start(); thread.join()",
+        # Many without a name, and empty.
+        "import os, tempfile, time\nfor _ in range(5):\n    if not os.fork(): break\n"
+        "keep = [tempfile.TemporaryFile(dir='.') for i in range(900)]\ntime.sleep(15)",
         # Files without a name, in a process that nobody may look into.
         "import ctypes, os, tempfile\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\nkeep = []\n"
         "while True:\n    keep.append(tempfile.TemporaryFile(dir='.', buffering=0))\n"

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import _socket
+import _weakref
 import array
 import atexit
 import builtins
+import functools
 import gc
 import marshal
 import os
@@ -195,6 +197,8 @@ def close_all_but(kept: int) -> None:
 
 def _prepare(rehearse: bool) -> None:
     os.umask(0o022)
+    if hasattr(threading.main_thread(), "_set_native_id"):
+        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
     # Python's own random was by its hook (kernel.ForkHooks).
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
@@ -300,9 +304,22 @@ def _python(text: bytes, path: str) -> tuple[int, int | None]:
     except BaseException as error:
         own_frame = error.__traceback__
         error.__traceback__ = own_frame.tb_next if own_frame else None
-        sys.excepthook(type(error), error, error.__traceback__)
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit as end:
+            return _exit_code(end), None
+        except BaseException as second:
+            _quietly(functools.partial(_tell_of_both, second, error))
         return 1, signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
     return 0, None
+
+
+def _tell_of_both(second: BaseException, error: BaseException) -> None:
+    """As the interpreter does where sys.excepthook fails."""
+    print("Error in sys.excepthook:", file=sys.stderr)
+    sys.__excepthook__(type(second), second, second.__traceback__)
+    print("\nOriginal exception was:", file=sys.stderr)
+    sys.__excepthook__(type(error), error, error.__traceback__)
 
 
 def _exit_code(error: SystemExit) -> int:
@@ -310,7 +327,7 @@ def _exit_code(error: SystemExit) -> int:
     if code is None:
         return 0
     if isinstance(code, int):
-        return code & 0xFF
+        return code & 0xFF if -(1 << 63) <= code < 1 << 63 else 255
     _quietly(lambda: sys.stdout.flush())
     _quietly(lambda: print(code, file=sys.stderr))
     return 1
@@ -333,6 +350,7 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
     if deadly is not None:
         signal.signal(deadly, signal.SIG_DFL)
         os.kill(os.getpid(), deadly)
+        code = 128 + deadly  # it is blocked
     # From here on no handler of the program's runs any more: who is told takes it as ended.
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _SIGNALS)
     kernel.marked_exit(code & 0xFF)
@@ -340,23 +358,47 @@ def _finish(code: int, deadly: int | None) -> NoReturn:
 
 
 def _await_threads() -> None:
-    if threading.active_count() > 1:
+    if threading.active_count() > 1 or getattr(threading, "_threading_atexits", None):
         threading._shutdown()  # type: ignore[attr-defined]
+
+
+class _Mark:
+    __slots__ = ("__weakref__",)
 
 
 def _settle() -> None:
     """Let go of what the program's own modules hold."""
+    # First without touching them, so that a finalizer finds all names; then those that are held.
+    marks = _let_go(_own_modules())
+    gc.collect()
+    for reference in marks:
+        if (mark := reference()) is not None:
+            for names in gc.get_referrers(mark):
+                if isinstance(names, dict):
+                    _empty(names)
+            gc.collect()
+
+
+def _own_modules() -> list[str]:
     place = sys.path[-1] + "/"
-    own: list[object] = [sys.modules.get("__main__")]
+    names = ["__main__"]
     # Only what was imported since the fork: to look at all others would copy their pages.
-    for module in islice(reversed(sys.modules.values()), max(0, len(sys.modules) - _known)):
+    for name, module in islice(reversed(sys.modules.items()), max(0, len(sys.modules) - _known)):
         path = getattr(module, "__dict__", {}).get("__file__")
         if isinstance(path, str) and path.startswith(place):
-            own.append(module)
-    for found in own:
-        if isinstance(found, types.ModuleType):
-            _empty(found.__dict__)
-    gc.collect()
+            names.append(name)
+    return names
+
+
+def _let_go(names: list[str]) -> list[_weakref.ref[_Mark]]:
+    """No longer keep the modules of these names. What is given lives as long as their contents."""
+    marks = []
+    for name in names:
+        module = sys.modules.pop(name, None)
+        if isinstance(module, types.ModuleType):
+            module.__dict__["__mark__"] = mark = _Mark()
+            marks.append(_weakref.ref(mark))
+    return marks
 
 
 def _empty(names: dict[str, Any]) -> None:

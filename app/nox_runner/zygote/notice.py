@@ -22,8 +22,10 @@ _NOTICE = struct.Struct("=QII iIQ6Q")
 _ANSWER = struct.Struct("=QqiI")
 """struct seccomp_notif_resp: id, value, error, flags."""
 _CONTINUE = 1
-_BLOCKABLE = (1 << 64) - 1 & ~sum(1 << number - 1 for number in (9, 19, 32, 33))
-"""All signals but SIGKILL, SIGSTOP, and the two that the C library keeps for itself."""
+_LIBRARYS = 1 << 32 - 1 | 1 << 33 - 1
+"""The two that the C library keeps for itself, and blocks for nobody."""
+_BLOCKABLE = (1 << 64) - 1 & ~(1 << 9 - 1 | 1 << 19 - 1 | _LIBRARYS)
+"""All other signals but SIGKILL and SIGSTOP."""
 _CPUCLOCK_SCHED = 2
 _EXITING = 0x4
 """PF_EXITING, of a process's flags."""
@@ -114,6 +116,7 @@ class Notice:
                 int(told[b"Threads"]) != 1
                 # A signal would interrupt the call, and have a handler run.
                 or int(told[b"SigBlk"], 16) & _BLOCKABLE != _BLOCKABLE
+                or int(told[b"SigCgt"], 16) & ~int(told[b"SigBlk"], 16) & _LIBRARYS
                 or children
                 or of_init
                 or faults_of_children
