@@ -316,18 +316,18 @@ class Quota:
         usage, complete = _measure(settings)
         # Who fills it up to the last byte breaks it: there is no room for anybody else.
         within = usage.bytes < settings.quota_bytes and usage.files < settings.quota_files
-        if within and is_suspicious:
-            # What was unlinked while it is open takes room, but is nowhere in the tree. A tree that
-            # is moved about so that it cannot be seen gets no benefit of the doubt.
-            self._cost = time.monotonic() - started
+        self._cost = time.monotonic() - started
+        if within and (is_suspicious or going):
+            # What was unlinked while it is open takes room, but is nowhere in the tree. Others may
+            # free room meanwhile, so it is looked for without suspicion, too.
             size, files = _hidden(os.stat(settings.sandbox).st_dev)
-            within = (
-                complete
-                and usage.bytes + size < settings.quota_bytes
-                and usage.files + files < settings.quota_files
-            )
-        else:
-            self._cost = time.monotonic() - started
+            if is_suspicious or size < math.inf:
+                within = (
+                    usage.bytes + size < settings.quota_bytes
+                    and usage.files + files < settings.quota_files
+                )
+            # A tree that is moved about so that it can't be seen gets no benefit of the doubt.
+            within &= complete or not is_suspicious
         self._scanned = time.monotonic()
         if complete or not within:
             self._usage = usage
