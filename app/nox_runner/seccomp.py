@@ -32,8 +32,8 @@ _NAMES = """
     mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend
     mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep
     newfstatat open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc
-    pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 process_mrelease pselect6
-    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg
+    pkey_free pkey_mprotect poll ppoll pread64 preadv preadv2 process_mrelease pselect6 pwrite64
+    pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg
     remap_file_pages rename renameat renameat2 restart_syscall riscv_flush_icache rmdir rseq
     rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
     rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
@@ -82,7 +82,8 @@ _UNIX, _INET, _INET6, _NETLINK, _NETLINK_ROUTE = 1, 2, 10, 16, 0
 _ALLOW = 0x7FFF0000
 _NOTIFY = 0x7FC00000
 _OPTIMIZE = 8
-_EQUAL, _MASKED_EQUAL = 4, 7
+_NOT_EQUAL, _EQUAL, _MASKED_EQUAL = 1, 4, 7
+_PR_SET_DUMPABLE = 4
 _UPPER = 0xFFFFFFFF00000000
 
 
@@ -97,6 +98,16 @@ class _Compare(ctypes.Structure):
 
 _CONDITIONAL: dict[str, tuple[tuple[_Compare, ...], ...]] = {
     "clone": ((_Compare(0, _MASKED_EQUAL, _REFUSED_FLAGS, 0),),),
+    # All but PR_SET_DUMPABLE with 0: nobody but root could look at the process any more, and so the
+    # quota couldn't tell what it holds. The kernel takes the option's lower half alone, so it is
+    # told by the bits in which another one differs.
+    "prctl": (
+        (_Compare(1, _NOT_EQUAL, 0),),
+        *(
+            (_Compare(0, _MASKED_EQUAL, 1 << bit, ~_PR_SET_DUMPABLE & 1 << bit),)
+            for bit in range(32)
+        ),
+    ),
     "personality": ((_Compare(0, _EQUAL, 0),), (_Compare(0, _EQUAL, 0xFFFFFFFF),)),
     # Only its own: the limits of the sandbox's init are not a run's to change.
     "prlimit64": ((_Compare(0, _EQUAL, 0),),),

@@ -79,6 +79,16 @@ def test_both_filters_of_a_run_are_the_whole_one(calls: list[tuple[int, ...]]) -
     assert len(more) == 4, more
 
 
+def test_no_process_makes_itself_invisible() -> None:
+    number = {"x86_64": 157, "aarch64": 167}[platform.machine()]
+    for program in (seccomp.program(), seccomp.zygote_program()):
+        for option in (4, 4 | 1 << 32, 4 | 1 << 63):
+            assert answer(program, number, option, 0) != _ALLOW, hex(option)
+            assert answer(program, number, option, 1) == _ALLOW, hex(option)
+        for option in (0, 5, 6, 15, 22, 24, 36, 38, 1 << 2 | 1 << 3, 0xFFFFFFFF):
+            assert answer(program, number, option, 0) == _ALLOW, hex(option)
+
+
 def test_only_a_marked_exit_is_told_of(calls: list[tuple[int, ...]]) -> None:
     telling = seccomp.rest_program(telling=True)
     exit_group = kernel._EXIT_GROUP.value
