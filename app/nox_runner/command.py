@@ -113,8 +113,9 @@ class Command:
             options += _directory(path)
         for path in tmpfs.PATHS:
             options += self._tmpfs(path, limits.tmp_size)
-        # Bounded together with /tmp.
-        options += ["--symlink", "/tmp", "/var/tmp"]
+        if not sandbox.startswith("/var/tmp/"):
+            # Bounded together with /tmp.
+            options += ["--symlink", "/tmp", "/var/tmp"]
         if self.sizes_tmpfs:
             options += self._tmpfs("/run", RUN_SIZE)  # otherwise it is part of /, read-only
         # Without --perms the file would be the owner's only; a umask may forbid even that.

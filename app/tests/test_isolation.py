@@ -90,6 +90,17 @@ def test_the_way_to_the_sandbox_is_empty_and_read_only(nox: Service) -> None:
     assert result["stdout"].splitlines()[:4] == [f"{nox.root}:", "home", "", f"{nox.root}/home:"]
 
 
+@pytest.mark.parametrize("backend", ["zygote", "bubblewrap"])
+def test_a_sandbox_below_var_tmp(
+    own: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(Service, "home", "/var/tmp")
+    nox = own(NOX_BACKEND=backend).start()
+    assert nox.put("a", b"x").status_code == 201
+    told = nox.shell("cat a; pwd; touch /var/tmp/y 2>/dev/null; ls /var/tmp")
+    assert told["stdout"] == f"x{nox.sandbox}\n{nox.root.name}\n"
+
+
 def test_temporary_files_are_gone_with_the_run(nox: Service) -> None:
     places = "/tmp /var/tmp /dev/shm /run"
     nox.shell(f"for d in {places}; do touch $d/left; mkdir $d/left2; done")
