@@ -32,10 +32,11 @@ RUN_SIZE = 1 << 20
 _RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
+ABSENT = tuple(absent())
 _BOOTSTRAP = (
     inspect.getsource(bootstrap)
     .replace(bootstrap.__doc__ or "", "", 1)
-    .replace("_ABSENT = ()", f"_ABSENT = {tuple(absent())}", 1)
+    .replace("_ABSENT = ()", f"_ABSENT = {ABSENT}", 1)
 )
 
 

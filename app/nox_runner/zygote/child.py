@@ -103,6 +103,8 @@ def prepare(config: dict[str, Any]) -> None:
     # What was printed before a timeout is worth having.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # In its pid namespace every program's process has this number.
+    threading.main_thread()._native_id = 2  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(config["environment"])
     config["mounts"] = kernel.Mounts(_mounts(config))
@@ -197,8 +199,6 @@ def close_all_but(kept: int) -> None:
 
 def _prepare(rehearse: bool) -> None:
     os.umask(0o022)
-    if hasattr(threading.main_thread(), "_set_native_id"):
-        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
     # Python's own random was by its hook (kernel.ForkHooks).
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()

@@ -24,7 +24,6 @@ import socket
 import sys
 from typing import Any
 
-from nox_runner.absent import absent
 from nox_runner.zygote import child, kernel
 
 READY = b"R"
@@ -57,7 +56,8 @@ def main(control: socket.socket, hooks: kernel.ForkHooks) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         skipped = _import(config["preimport"])
-        sys.modules.update(dict.fromkeys(absent()))  # type: ignore[arg-type]
+        for name in config["absent"]:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
         hooks.close()
         config["handlers"] = _take_handlers()
         _build(config)

@@ -19,6 +19,7 @@ import nox_runner
 from nox_runner import limits as resource_limits
 from nox_runner import orphans, seccomp
 from nox_runner.command import (
+    ABSENT,
     ETC_FROM_HOST,
     ETC_WITH_NETWORK,
     ROOTS,
@@ -467,6 +468,8 @@ def _config(plan: Plan) -> dict[str, object]:
         "tmp_files": MAX_FILES,
         "run_size": RUN_SIZE + plan.text_size,
         "preimport": plan.preimport,
+        # Looked for here: all that is read for it would be in each sandbox's way.
+        "absent": ABSENT,
         "roots": ["/usr", *(f"/{name}" for name in ROOTS if os.path.isdir(f"/{name}"))],
         "network": network,
         "etc_from_host": [*ETC_FROM_HOST, *(ETC_WITH_NETWORK if network else ())],
