@@ -99,7 +99,8 @@ class Service:
             self.port = probe.getsockname()[1]
         self.settings: dict[str, object] = {
             "NOX_PORT": self.port, "NOX_SANDBOX": self.sandbox, "NOX_TIMEOUT": 5, "NOX_SLOTS": 4,
-            "NOX_BACKEND": BACKEND, **settings,
+            # So that what others take of this disk meanwhile is nobody's fault here.
+            "NOX_QUOTA_BYTES": "100G", "NOX_BACKEND": BACKEND, **settings,
         }  # fmt: skip
         self.token = TOKEN
         self.write_settings()
