@@ -31,8 +31,8 @@ RUN_SIZE = 1 << 20
 # systemd-resolved's list of real servers: its own address is the host's loopback, which stays shut.
 _RESOLVERS = ("/run/systemd/resolve/resolv.conf", "/etc/resolv.conf")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
 ABSENT = tuple(absent())
+# `if __name__ == "__main__"` holds under -c too; the docstring is for readers of the module.
 _BOOTSTRAP = (
     inspect.getsource(bootstrap)
     .replace(bootstrap.__doc__ or "", "", 1)

@@ -28,10 +28,17 @@ def give_back(sandbox: str) -> None:
     It belongs to the runs' user, so one of them may have taken that away, from all others.
     """
     with suppress(OSError):
-        mode = stat.S_IMODE(os.stat(sandbox).st_mode)
-        if mode & stat.S_IRWXU != stat.S_IRWXU:
-            os.chmod(sandbox, mode | stat.S_IRWXU)
-            log("warning", "sandbox_given_back", mode=f"{mode:o}")
+        if restore_rights(sandbox):
+            log("warning", "sandbox_given_back")
+
+
+def restore_rights(directory: str | int) -> bool:
+    """Give the owner all rights in a directory, by path or descriptor; whether one was missing."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode)
+    missing = mode & stat.S_IRWXU != stat.S_IRWXU
+    if missing:
+        os.chmod(directory, mode | stat.S_IRWXU)
+    return missing
 
 
 @contextmanager

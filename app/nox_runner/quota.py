@@ -191,7 +191,7 @@ class Quota:
         return time.monotonic() - self._scanned > max(_FRESH_SECONDS, 5 * self._cost)
 
     def _is_suspicious(self) -> bool:
-        """Whether the file system lost as much since the last scan as would use up the quota."""
+        """Whether the file system lost as much since `_base` as would use up the quota."""
         settings = self._settings()
         try:
             free = _free(settings.sandbox)
@@ -289,25 +289,37 @@ class Quota:
 
     def _is_within(self) -> bool:
         """A scan. Who goes on while it can't be made may be the cause, so that is not within."""
-        suspects_ns, sandbox = self._suspects_ns, self._settings().sandbox
+        sandbox = self._settings().sandbox
         directories.give_back(sandbox)
         try:
             return self._scan()
         except PermissionError as error:
-            with self._changed:
-                self._suspects_ns = min(self._suspects_ns, suspects_ns)
-                if not self._running or os.stat(sandbox).st_uid != os.getuid():
-                    raise
+            if not self._running or os.stat(sandbox).st_uid != os.getuid():
+                raise
             log("warning", "quota_unknown", reason=repr(error))
             return False
 
     def _scan(self) -> bool:
-        """Find what the sandbox holds; whether that is within the quota."""
-        settings = self._settings()
-        started = time.monotonic()
+        """Find what the sandbox holds; whether that is within the quota.
+
+        If so, nobody who had ended before is suspected any more.
+        """
         with self._changed:
             # Who ends from now on may have written where the scan has been already.
             suspects_ns, self._suspects_ns = self._suspects_ns, math.inf
+        within = False
+        try:
+            within = self._measured()
+        finally:
+            if not within:
+                with self._changed:
+                    self._suspects_ns = min(self._suspects_ns, suspects_ns)
+        return within
+
+    def _measured(self) -> bool:
+        settings = self._settings()
+        started = time.monotonic()
+        with self._changed:
             going = bool(self._running)
             oldest_ns = min([_now_ns(), *(lease.started_ns for lease in self._running)])
             self._dirty = bool(self._running or self._uploads)
@@ -337,8 +349,6 @@ class Quota:
                 self._base, self._free = usage, free
         with self._changed:
             self._dirty |= within and not complete
-            if not within:
-                self._suspects_ns = min(self._suspects_ns, suspects_ns)
             for key in [k for k, (_, at_ns) in self._uploaded.items() if at_ns < oldest_ns]:
                 del self._uploaded[key]
         return within

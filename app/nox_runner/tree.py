@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from nox_runner.directories import DIRECTORY
+from nox_runner.directories import DIRECTORY, restore_rights
 
 OnEntry = Callable[[int, str, os.stat_result], None]
 """Told the directory's descriptor, a name in it, and its state; before that is entered."""
@@ -116,8 +116,7 @@ def insist(directory: int, action: Callable[[], T]) -> T:
         return action()
     except PermissionError:
         with suppress(OSError):
-            mode = stat.S_IMODE(os.fstat(directory).st_mode)
-            os.fchmod(directory, mode | stat.S_IRWXU)
+            restore_rights(directory)
         return action()
 
 
@@ -133,6 +132,6 @@ def _open_up(directory: int, name: str) -> None:
     """Give the owner access again: a run must not hide what it wrote by closing a directory."""
     handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
     try:
-        os.chmod(f"/proc/self/fd/{handle}", 0o700)
+        restore_rights(f"/proc/self/fd/{handle}")
     finally:
         os.close(handle)

@@ -64,7 +64,7 @@ _SIGNALS = _signal.valid_signals()
 _MARSHAL = 4
 """The version that every Python from 3.4 on writes and reads."""
 _DESCRIPTORS = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-_known = _null = _most = 0
+_known = _most = 0
 
 
 def encode(language: str, path: str, args: list[str], env: dict[str, str]) -> bytes:
@@ -94,12 +94,13 @@ def landlock(sandbox: str) -> tuple[dict[str, int], int] | None:
 
 def prepare(config: dict[str, Any]) -> None:
     """Before any fork: what can be settled once for all sandboxes."""
-    global _known, _null, _most
-    _null = os.open("/dev/null", os.O_RDWR)
+    global _known, _most
     _most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     # stderr stays, for what the zygote itself may have to say: a program gets another one.
+    null = os.open("/dev/null", os.O_RDWR)
     for descriptor in range(2):
-        os.dup2(_null, descriptor)
+        os.dup2(null, descriptor)
+    os.close(null)
     # What was printed before a timeout is worth having.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -79,8 +79,6 @@ class _Zygote:
     control: socket.socket
     others: dict[int, int] = field(default_factory=dict)
     """By their numbers, pidfds of its two other processes."""
-    taken: set[int] = field(default_factory=set)
-    """Its programs that run, by their processes' numbers."""
 
     def is_alive(self) -> bool:
         """Whether it still makes sandboxes, if it is asked."""
@@ -165,8 +163,8 @@ class Pool:
         self._zygote: _Zygote | None = None
         self._left: list[_Zygote] = []
         """Zygotes that make no more sandboxes, but whose programs still run."""
-        self._taken: set[int] = set()
-        """Numbers of the processes whose end is awaited by who took them."""
+        self._taken: dict[int, _Zygote] = {}
+        """By the numbers of processes whose end is awaited by who took them, whose they are."""
         self._strays_until = 0.0
         self._made_for: Plan | None = None
         self._failure = ""
@@ -189,8 +187,7 @@ class Pool:
                 while self._made_for == plan and self._ready:
                     hatchling = self._ready.popleft()
                     if not hatchling.has_ended():
-                        hatchling.zygote.taken.add(hatchling.pid)
-                        self._taken.add(hatchling.pid)
+                        self._taken[hatchling.pid] = hatchling.zygote
                         return hatchling
                     # It died while it waited, with the zygote most likely.
                     self._spent.append(hatchling)
@@ -203,8 +200,7 @@ class Pool:
     def give_back(self, hatchling: Hatchling) -> None:
         """What was taken has come to its end, or is to; `refill` ends it, and makes another."""
         self._spent.append(hatchling)
-        hatchling.zygote.taken.discard(hatchling.pid)
-        self._taken.discard(hatchling.pid)
+        self._taken.pop(hatchling.pid, None)
 
     def refill(self) -> None:
         """See that what is missing is made. Apart from giving back: no answer waits for it."""
@@ -220,7 +216,7 @@ class Pool:
             self._thread.join()
         self._leave(at_once=True)
         for zygote in self._left:
-            self._dying += zygote.end()
+            self._end(zygote)
         self._left.clear()
         self._bury()
 
@@ -254,13 +250,20 @@ class Pool:
                 hatchling.group.kill()
                 self._emptying.append(hatchling.group)
         self._emptying = [group for group in self._emptying if not group.remove()]
-        for zygote in [one for one in self._left if not (one.taken and one.is_alive())]:
+        for zygote in [one for one in self._left if not (self._has_taken(one) and one.is_alive())]:
             self._left.remove(zygote)
-            self._dying += zygote.end()
-            self._strays_until = time.monotonic() + _STRAYS_SECONDS
+            self._end(zygote)
         self._dying = [process for process in self._dying if not _bury(process)]
         if self._looks_for_strays():
             self._bury_strays()
+
+    def _has_taken(self, zygote: _Zygote) -> bool:
+        """Whether a program of its runs."""
+        return any(one is zygote for one in tuple(self._taken.values()))
+
+    def _end(self, zygote: _Zygote) -> None:
+        self._dying += zygote.end()
+        self._strays_until = time.monotonic() + _STRAYS_SECONDS
 
     def _looks_for_strays(self) -> bool:
         return time.monotonic() < self._strays_until
@@ -268,7 +271,7 @@ class Pool:
     def _bury_strays(self) -> None:
         """Those that a zygote had made and not told of when it ended."""
         with self._lock:
-            known = self._taken | {hatchling.pid for hatchling in self._ready}
+            known = {*self._taken, *(hatchling.pid for hatchling in self._ready)}
             for zygote in (*self._left, *([self._zygote] if self._zygote else ())):
                 known |= {zygote.starter.pid, *zygote.others}
             for pid in set(orphans.children()) - known:
@@ -345,8 +348,9 @@ class Pool:
         if zygote is None:
             return
         if at_once:
-            zygote.taken = set()
-        self._left.append(zygote)
+            self._end(zygote)
+        else:
+            self._left.append(zygote)
         self._bury()
 
     def _hatch(self, plan: Plan) -> None:
